@@ -1,0 +1,181 @@
+"""The closed catalogue of what can go wrong.
+
+Every error that leaves the service is one row here: a stable code that programs may rely on, an
+HTTP status, a title, whether trying again can help, and the next step. Code raises
+``SluiceError(code, detail)``; only ``handlers/base.py`` turns it into RFC 9457 problem+json.
+``detail`` is for people, names the field or the file, and never a path of this machine.
+``python errors.py`` prints docs/errors.md. This module imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Entry(NamedTuple):
+    """One row of the catalogue."""
+
+    status: int
+    title: str
+    retry: bool
+    next: str
+
+
+CATALOGUE: dict[str, Entry] = {
+    # The request itself
+    "bad-request": Entry(400, "The request is malformed", False, "Correct the request."),
+    "invalid-field": Entry(
+        400, "A field has a wrong value", False, "Correct the field that is named."
+    ),
+    "invalid-json": Entry(400, "The body is not the JSON expected", False, "Send a JSON object."),
+    "body-too-long": Entry(400, "The body is too long", False, "Send a shorter body."),
+    "body-unexpected": Entry(400, "This request takes no body", False, "Send the body by POST."),
+    "body-incomplete": Entry(400, "The body ended too early", True, "Send the request again."),
+    "multipart-invalid": Entry(
+        400, "The multipart form is malformed", False, "Send a form as in RFC 7578."
+    ),
+    "no-file-part": Entry(
+        400, "The form has no part named file", False, "Put the file into a field named 'file'."
+    ),
+    "offset-mismatch": Entry(
+        400, "The block does not start where the stored bytes end", True, "Go on from bytes_read."
+    ),
+    "name-in-use": Entry(
+        400, "A live job of another kind has that name", False, "Choose another name."
+    ),
+    "unknown-kind": Entry(400, "No such kind of job", False, "GET /v1/kinds lists the kinds."),
+    "kind-not-startable": Entry(
+        400, "Jobs of this kind are not started here", False, "Use the endpoint of that transfer."
+    ),
+    "cross-site": Entry(
+        403, "Another site may not do this", False, "Send the request from this service's page."
+    ),
+    "unknown-host": Entry(
+        403, "The service does not answer to that host name", False, "Add the name to 'hosts'."
+    ),
+    "prefetch": Entry(403, "A prefetch starts nothing", False, "Send the request for real."),
+    "not-found": Entry(404, "Nothing is there", False, "Check the address."),
+    "job-unknown": Entry(404, "No such job", False, "GET /v1/jobs lists the jobs."),
+    "file-unknown": Entry(404, "No such file", False, "GET /v1/files lists the files."),
+    "upload-unknown": Entry(404, "No such unfinished upload", False, "Start it with bytes_read=0."),
+    "nothing-uploading": Entry(404, "You are not uploading anything", False, "Nothing to do."),
+    "nothing-exporting": Entry(404, "You are not exporting any file", False, "Nothing to do."),
+    "method-not-allowed": Entry(405, "The method is not allowed here", False, "See Allow."),
+    "upload-stalled": Entry(408, "The sender sent nothing for too long", True, "Go on from there."),
+    # State
+    "upload-terminated": Entry(
+        409, "The upload was aborted", False, "Start it again if it was not meant."
+    ),
+    "export-terminated": Entry(
+        409, "The export was terminated", False, "Start it again if it was not meant."
+    ),
+    "upload-busy": Entry(
+        409, "Another request is writing this upload", True, "Wait for it, or ask for the offset."
+    ),
+    "job-finished": Entry(409, "The job has ended", False, "Use retry to run it again."),
+    "job-cancelling": Entry(409, "The job is being cancelled", False, "Wait until it has ended."),
+    "job-live": Entry(409, "The job has not ended", False, "Cancel it first."),
+    "version-mismatch": Entry(
+        412, "The job has changed since it was read", True, "Read it again, then decide."
+    ),
+    "too-large": Entry(413, "The file is larger than allowed", False, "Send a smaller file."),
+    "range-not-satisfiable": Entry(
+        416, "The range lies outside the file", False, "See Content-Range for the size."
+    ),
+    "queue-full": Entry(429, "Too many jobs are waiting", True, "Try again later."),
+    "too-many-sockets": Entry(429, "Too many live channels are open", True, "Close one of them."),
+    # The service
+    "internal": Entry(500, "Something went wrong here", True, "Report the request_id."),
+    "starting": Entry(503, "The service is starting", True, "Try again in a moment."),
+    "stopping": Entry(503, "The service is stopping", True, "Try again in a moment."),
+    "paused-too-long": Entry(
+        503, "The transfer is paused", True, "Resume it, then go on from the stored offset."
+    ),
+    "storage-missing": Entry(
+        503, "The storage is not there", True, "Bring the data folder back, then try again."
+    ),
+    "storage-failed": Entry(503, "The storage refused the operation", True, "Try again."),
+    "disk-full": Entry(507, "The disk is full", True, "Free space, then go on."),
+    # How a job can end
+    "kind-failed": Entry(500, "The process failed", True, "See the detail, then retry."),
+    "kind-missing": Entry(500, "This server no longer knows the kind", False, "Install the kind."),
+    "cursor-incompatible": Entry(
+        500, "The saved position is of another version", False, "Retry from the start."
+    ),
+    "digest-mismatch": Entry(
+        409, "The digest is not the expected one", False, "Upload the file again."
+    ),
+    "client-gone": Entry(400, "The client went away", True, "Send it again."),
+    "interrupted": Entry(503, "The server stopped in the middle", True, "Send it again."),
+    "expired": Entry(404, "It was not finished in time", False, "Start it again."),
+}
+
+
+class SluiceError(Exception):
+    """Refuse with a row of the catalogue.
+
+    ``detail`` says what exactly, for people. ``field`` names the parameter at fault. ``extra``
+    goes into the problem as it is (``bytes_read``, ``job``). ``status`` replaces the catalogue's
+    status where a dialect prescribes another one.
+    """
+
+    def __init__(
+        self,
+        code: str,
+        detail: str = "",
+        *,
+        field: str | None = None,
+        retry_after_s: float | None = None,
+        status: int | None = None,
+        **extra: Any,
+    ) -> None:
+        self.entry = CATALOGUE[code]
+        self.code = code
+        self.detail = detail or self.entry.title + "."
+        self.field = field
+        self.retry_after_s = retry_after_s
+        self.status = status or self.entry.status
+        self.extra = extra
+        super().__init__(f"{code}: {self.detail}")
+
+    def problem(self, request_id: str | None = None) -> dict[str, Any]:
+        """The error as an RFC 9457 object."""
+        body: dict[str, Any] = {
+            "type": f"/errors/{self.code}",
+            "title": self.entry.title,
+            "status": self.status,
+            "code": self.code,
+            "detail": self.detail,
+            "message": self.detail,
+            "next": self.entry.next,
+            "retry": self.entry.retry,
+            "retry_after_s": self.retry_after_s,
+        }
+        if request_id is not None:
+            body["request_id"] = request_id
+        if self.field is not None:
+            body["field"] = self.field
+        return body | self.extra
+
+
+def describe() -> str:
+    """The catalogue as a Markdown page."""
+    lines = [
+        "<!-- made by: python errors.py > docs/errors.md -->",
+        "# Errors",
+        "",
+        "Every error is problem+json (RFC 9457) with a stable `code`; `retry` tells whether the",
+        "same request can succeed later.",
+        "",
+        "| code | status | meaning | retry | next step |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| `{code}` | {e.status} | {e.title} | {'yes' if e.retry else 'no'} | {e.next} |"
+        for code, e in CATALOGUE.items()
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(describe())

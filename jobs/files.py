@@ -1,0 +1,110 @@
+"""Stored files: found by id or by name, read, deleted, expired.
+
+A file is an immutable version of a name. Its blob is published before its row is committed and
+discarded after its row is gone, so that a row always has its bytes.
+"""
+
+from __future__ import annotations
+
+import mimetypes
+import os
+import time
+import unicodedata
+
+from errors import SluiceError
+from storage import Blobs, File, Page, Reader, State
+
+_MAX_NAME_BYTES = 255
+
+
+def now_ms() -> int:
+    """The time in milliseconds since 1970."""
+    return time.time_ns() // 1_000_000
+
+
+def uuid7() -> str:
+    """A new id: a version 7 UUID (RFC 9562 section 5.7), so that ids sort by time."""
+    value = (now_ms() << 80) | int.from_bytes(os.urandom(10), "big")
+    value = value & ~(0xF << 76) | 7 << 76
+    value = value & ~(0x3 << 62) | 0x2 << 62
+    text = f"{value:032x}"
+    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+
+
+def clean_name(raw: str, field: str = "file_name") -> str:
+    """A file name as it is stored: a label, never a path.
+
+    Only the part behind the last slash or backslash, without control characters, in NFC. Raises
+    invalid-field for what is then empty, ``.``, ``..`` or longer than 255 bytes.
+    """
+    base = raw.replace("\\", "/").rpartition("/")[2]
+    base = "".join(c for c in base if unicodedata.category(c) not in ("Cc", "Cs", "Zl", "Zp"))
+    name = unicodedata.normalize("NFC", base).strip()
+    if name in ("", ".", ".."):
+        raise SluiceError("invalid-field", f"{field}: {raw[:80]!r} names no file.", field=field)
+    if len(name.encode()) > _MAX_NAME_BYTES:
+        raise SluiceError(
+            "invalid-field", f"{field}: the name is longer than 255 bytes.", field=field
+        )
+    return name
+
+
+def media_type_of(name: str) -> str:
+    """The media type that the name suggests."""
+    return mimetypes.guess_type(name, strict=True)[0] or "application/octet-stream"
+
+
+class Files:
+    """The stored files of all owners."""
+
+    def __init__(self, state: State, blobs: Blobs) -> None:
+        self._state = state
+        self._blobs = blobs
+
+    async def get(self, file_id: str, owner: str) -> File:
+        """A file by its id. Raises file-unknown."""
+        file = await self._state.file(file_id, owner)
+        if file is None:
+            raise SluiceError("file-unknown", f"There is no file with the id {file_id[:64]}.")
+        return file
+
+    async def newest(self, name: str, owner: str) -> File | None:
+        """The newest version of a name."""
+        return await self._state.newest(owner, name)
+
+    async def find(self, name: str, owner: str) -> File:
+        """The newest version of a name, or the file of that id. Raises file-unknown."""
+        file = await self._state.newest(owner, name) or await self._state.file(name, owner)
+        if file is None:
+            raise SluiceError("file-unknown", f"There is no file named {name[:255]!r}.")
+        return file
+
+    async def list(self, owner: str, name: str | None, after: int | None, limit: int) -> Page[File]:
+        """Files, newest first."""
+        return await self._state.find_files(owner, name, after, limit)
+
+    async def reader(self, file: File) -> Reader:
+        """Open a file; it is readable to its end even if it is deleted meanwhile."""
+        return await self._blobs.reader(file.id, file.name)
+
+    async def delete(self, file_id: str, owner: str) -> None:
+        """Remove a file. Raises file-unknown."""
+        await self.get(file_id, owner)
+        await self._state.delete_file(file_id)
+        await self._blobs.discard(file_id)
+
+    async def expire(self) -> int:
+        """Remove some of the files whose time has passed; how many."""
+        files = await self._state.expired_files(now_ms(), 100)
+        for file in files:
+            await self._state.delete_file(file.id)
+            await self._blobs.discard(file.id)
+        return len(files)
+
+    async def stored(self, owner: str | None) -> tuple[int, int]:
+        """How many files and bytes are stored."""
+        return await self._state.stored(owner)
+
+    async def free_bytes(self) -> int:
+        """Room that is left for files."""
+        return await self._blobs.free_bytes()

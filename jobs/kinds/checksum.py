@@ -1,0 +1,82 @@
+"""Digests of a stored file, several algorithms in one pass.
+
+The state of a hash can't be saved, so a resume that has lost it reads the file again from its
+start; the cursor only says which file was meant (the newest version may have changed meanwhile).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from errors import SluiceError
+from jobs.kinds import Context
+
+KIND = "checksum"
+TITLE = "Digests of a stored file"
+UNIT = "bytes"
+PAUSE = "within 256 KiB; resuming after 30 s reads the file again"
+
+_BLOCK_BYTES = 256 << 10  # well under 2 ms for all algorithms together
+
+Algorithm = Literal["sha256", "sha512", "sha1", "md5", "blake2b", "crc32"]
+
+
+class Params(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """Which file, which digests."""
+
+    file: Annotated[str, msgspec.Meta(min_length=1, description="a file's id, or its name")]
+    algorithms: Annotated[
+        list[Algorithm], msgspec.Meta(min_length=1, max_length=6, description="one pass for all")
+    ] = ["sha256"]
+    expect: Annotated[
+        dict[Algorithm, str], msgspec.Meta(description="digests in hex that the file must have")
+    ] = {}
+
+
+class _Crc32:
+    """CRC-32 with the interface of hashlib."""
+
+    def __init__(self) -> None:
+        self._value = 0
+
+    def update(self, data: bytes) -> None:
+        self._value = zlib.crc32(data, self._value)
+
+    def hexdigest(self) -> str:
+        return f"{self._value:08x}"
+
+
+def _hasher(name: str) -> Any:
+    make: Callable[[], Any] = _Crc32 if name == "crc32" else getattr(hashlib, name)
+    return make()
+
+
+async def run(ctx: Context, params: Params) -> dict[str, Any]:
+    """Read the file once and compare what was expected."""
+    info = await ctx.files.find(ctx.cursor or params.file)
+    names = list(dict.fromkeys([*params.algorithms, *params.expect]))
+    hashers = {name: _hasher(name) for name in names}
+    reader = await ctx.files.reader(info.id)
+    try:
+        await ctx.checkpoint(info.id, done=0, total=info.bytes, phase="reading")
+        at = 0
+        while block := await reader.read(at, _BLOCK_BYTES):
+            for hasher in hashers.values():
+                hasher.update(block)
+                await ctx.checkpoint(info.id, done=at)
+            at += len(block)
+            await ctx.checkpoint(info.id, done=at)
+    finally:
+        await reader.close()
+    digests = {name: hasher.hexdigest() for name, hasher in hashers.items()}
+    for name, expected in params.expect.items():
+        if digests[name] != expected.lower():
+            raise SluiceError(
+                "digest-mismatch", f"{name} is {digests[name]}, expected was {expected.lower()}."
+            )
+    return {"file": info.id, "name": info.name, "bytes": info.bytes, "digests": digests}

@@ -1,0 +1,102 @@
+"""The shapes that clients see: a job, a file, an event as JSON objects.
+
+One shape for REST, the channel and the log. Times are RFC 3339 UTC with milliseconds.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+
+from storage import Event, File, Job, Progress
+
+
+def rfc3339(at: int | None) -> str | None:
+    """A time in milliseconds since 1970 as ``2026-11-21T20:31:00.123Z``."""
+    if at is None:
+        return None
+    whole = datetime.fromtimestamp(at // 1000, UTC)
+    return f"{whole:%Y-%m-%dT%H:%M:%S}.{at % 1000:03d}Z"
+
+
+def progress_row(progress: Progress) -> dict[str, Any]:
+    """The ``progress`` member of a job."""
+    return msgspec.structs.asdict(progress)
+
+
+def job_row(job: Job, progress: Progress, transfer: dict[str, Any] | None) -> dict[str, Any]:
+    """A job as clients see it, without ``params``. ``id`` and ``h`` come first."""
+    return {
+        "id": job.id,
+        "h": job.h,
+        "kind": job.kind,
+        "name": job.name,
+        "owner": job.owner,
+        "client": job.client,
+        "state": job.state,
+        "want": job.want,
+        "reason": job.reason,
+        "version": job.version,
+        "attempt": job.attempt,
+        "priority": job.priority,
+        "created_at": rfc3339(job.created_at),
+        "started_at": rfc3339(job.started_at),
+        "ended_at": rfc3339(job.ended_at),
+        "not_before": rfc3339(job.not_before),
+        "deadline_at": rfc3339(job.deadline_at),
+        "expires_at": rfc3339(job.expires_at),
+        "retry_of": job.retry_of,
+        "after": [],
+        "by": job.by and {"actor": job.by.actor, "via": job.by.via, "at": rfc3339(job.by.at)},
+        "waiting": _waiting(job),
+        "progress": progress_row(progress),
+        "transfer": transfer,
+        "rollback": job.rollback and msgspec.structs.asdict(job.rollback),
+        "result": job.result and msgspec.structs.asdict(job.result),
+        "artifacts": [msgspec.structs.asdict(artifact) for artifact in job.artifacts],
+        "error": job.error,
+    }
+
+
+def _waiting(job: Job) -> dict[str, Any] | None:
+    if job.state == "queued":
+        return {"why": "slot", "position": None}
+    if job.state == "scheduled":
+        return {"why": "backoff" if job.attempt > 1 else "time", "position": None}
+    return None
+
+
+def file_row(file: File) -> dict[str, Any]:
+    """A stored file as clients see it."""
+    return {
+        "id": file.id,
+        "name": file.name,
+        "version": file.version,
+        "bytes": file.bytes,
+        "media_type": file.media_type,
+        "digest": file.digest,
+        "etag": file.etag,
+        "owner": file.owner,
+        "job": file.job,
+        "created_at": rfc3339(file.created_at),
+        "expires_at": rfc3339(file.expires_at),
+    }
+
+
+def event_row(event: Event) -> dict[str, Any]:
+    """A transition as clients see it."""
+    return {
+        "seq": event.seq,
+        "job": event.job,
+        "version": event.version,
+        "kind": event.kind,
+        "owner": event.owner,
+        "at": rfc3339(event.at),
+        "from": event.from_,
+        "to": event.to,
+        "cause": event.cause,
+        "actor": event.actor,
+        "row": event.row,
+    }

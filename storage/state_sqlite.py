@@ -1,0 +1,785 @@
+"""Rows in one SQLite file, written in groups.
+
+Strategy. All writes that happen in one turn of the loop become one transaction: each write is a
+function of the connection, queued with a future; ``_flush`` runs the queue inside BEGIN…COMMIT,
+each write under a savepoint of its own, and only then resolves the futures. So an acknowledged
+write is a committed one, a failing write fails alone, and nothing is ever awaited inside a
+transaction. The next group waits long enough that SQLite gets at most 30 % of the loop's time.
+
+Transitions, cursors and durable_bytes are committed with synchronous=FULL; what may be lost at a
+power cut (stored progress, stored_bytes, logs) with NORMAL, unless it shares a group with the
+former. WAL checkpoints are run by hand, about once a second, so that no commit pays for one.
+
+A job is a JSON document beside the columns that queries need; the four fields that move without
+a version (cursor, undo, stored_bytes, durable_bytes) are columns of their own, so that a save
+never rewrites the document and a commit never overwrites a save.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sqlite3
+import time
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import msgspec
+
+from errors import SluiceError
+from storage import (
+    UNSET,
+    Boot,
+    Event,
+    Fenced,
+    File,
+    Filter,
+    Job,
+    Page,
+    Progress,
+    Stale,
+    Undo,
+)
+
+T = TypeVar("T")
+Change = Callable[[sqlite3.Connection], Any]
+
+_GROUP = 500  # writes in one transaction; bounds the loop's pause
+_SHARE = 0.3  # of the loop's time that commits may take
+_CHECKPOINT_S = 1.0
+_LOG_LINES = 10_000  # kept for each job
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS jobs (
+    h INTEGER PRIMARY KEY AUTOINCREMENT,
+    id TEXT NOT NULL UNIQUE,
+    owner TEXT NOT NULL, client TEXT NOT NULL, kind TEXT NOT NULL, name TEXT NOT NULL,
+    state TEXT NOT NULL, version INTEGER NOT NULL, fence INTEGER NOT NULL,
+    incarnation INTEGER NOT NULL, priority INTEGER NOT NULL, rank INTEGER NOT NULL,
+    not_before INTEGER, ended_at INTEGER, live INTEGER, live_name TEXT,
+    doc BLOB NOT NULL, progress BLOB, cursor BLOB, undo BLOB,
+    stored_bytes INTEGER NOT NULL DEFAULT 0, durable_bytes INTEGER NOT NULL DEFAULT 0,
+    saved_at INTEGER NOT NULL DEFAULT 0);
+CREATE INDEX IF NOT EXISTS jobs_owner ON jobs (owner, h);
+CREATE INDEX IF NOT EXISTS jobs_state ON jobs (owner, state, h);
+CREATE INDEX IF NOT EXISTS jobs_kind ON jobs (owner, kind, state, h);
+CREATE INDEX IF NOT EXISTS jobs_name ON jobs (owner, name, h);
+CREATE INDEX IF NOT EXISTS jobs_live ON jobs (h) WHERE live = 1;
+CREATE UNIQUE INDEX IF NOT EXISTS jobs_live_name ON jobs (owner, live_name)
+    WHERE live_name IS NOT NULL;
+CREATE INDEX IF NOT EXISTS jobs_queue ON jobs (priority DESC, rank, h) WHERE state = 'queued';
+CREATE INDEX IF NOT EXISTS jobs_due ON jobs (not_before) WHERE state = 'scheduled';
+CREATE INDEX IF NOT EXISTS jobs_ended ON jobs (ended_at) WHERE ended_at IS NOT NULL;
+CREATE TABLE IF NOT EXISTS counts (
+    owner TEXT, state TEXT, n INTEGER NOT NULL, PRIMARY KEY (owner, state)) WITHOUT ROWID;
+CREATE TRIGGER IF NOT EXISTS jobs_in AFTER INSERT ON jobs BEGIN
+    INSERT INTO counts VALUES (new.owner, new.state, 1)
+        ON CONFLICT DO UPDATE SET n = n + 1; END;
+CREATE TRIGGER IF NOT EXISTS jobs_out AFTER DELETE ON jobs BEGIN
+    UPDATE counts SET n = n - 1 WHERE owner = old.owner AND state = old.state; END;
+CREATE TRIGGER IF NOT EXISTS jobs_move AFTER UPDATE OF state ON jobs
+    WHEN old.state <> new.state BEGIN
+    UPDATE counts SET n = n - 1 WHERE owner = old.owner AND state = old.state;
+    INSERT INTO counts VALUES (new.owner, new.state, 1)
+        ON CONFLICT DO UPDATE SET n = n + 1; END;
+CREATE TABLE IF NOT EXISTS events (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, job TEXT NOT NULL, version INTEGER NOT NULL,
+    kind TEXT NOT NULL, owner TEXT NOT NULL, at INTEGER NOT NULL, from_ TEXT, to_ TEXT NOT NULL,
+    cause TEXT NOT NULL, actor TEXT NOT NULL, row BLOB NOT NULL, UNIQUE (job, version));
+CREATE TABLE IF NOT EXISTS files (
+    h INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, owner TEXT NOT NULL,
+    name TEXT NOT NULL, version INTEGER NOT NULL, bytes INTEGER NOT NULL, expires_at INTEGER,
+    doc BLOB NOT NULL);
+CREATE INDEX IF NOT EXISTS files_name ON files (owner, name, h);
+CREATE INDEX IF NOT EXISTS files_owner ON files (owner, h);
+CREATE INDEX IF NOT EXISTS files_expiry ON files (expires_at) WHERE expires_at IS NOT NULL;
+CREATE TABLE IF NOT EXISTS names (
+    owner TEXT, name TEXT, version INTEGER NOT NULL, PRIMARY KEY (owner, name)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS stored (
+    owner TEXT PRIMARY KEY, files INTEGER NOT NULL, bytes INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TRIGGER IF NOT EXISTS files_in AFTER INSERT ON files BEGIN
+    INSERT INTO stored VALUES (new.owner, 1, new.bytes)
+        ON CONFLICT DO UPDATE SET files = files + 1, bytes = bytes + new.bytes; END;
+CREATE TRIGGER IF NOT EXISTS files_out AFTER DELETE ON files BEGIN
+    UPDATE stored SET files = files - 1, bytes = bytes - old.bytes WHERE owner = old.owner; END;
+CREATE TABLE IF NOT EXISTS lines (
+    job TEXT, n INTEGER, at INTEGER NOT NULL, line TEXT NOT NULL, PRIMARY KEY (job, n)
+    ) WITHOUT ROWID;
+"""
+
+_COLUMNS = "h, fence, doc, progress, cursor, undo, stored_bytes, durable_bytes, saved_at"
+_EVENT = "seq, job, version, kind, owner, at, from_, to_, cause, actor, row"
+
+_encode = msgspec.json.Encoder().encode
+_job_decoder = msgspec.json.Decoder(Job)
+_file_decoder = msgspec.json.Decoder(File)
+_progress_decoder = msgspec.json.Decoder(Progress)
+_undo_decoder = msgspec.json.Decoder(tuple[Undo, ...])
+
+
+class _Write(NamedTuple):
+    change: Change
+    future: asyncio.Future[Any]
+    full: bool
+
+
+class SqliteState:
+    """The State contract over one SQLite file in WAL mode. One process opens it at a time."""
+
+    def __init__(self, path: Path, durability: str = "interval") -> None:
+        self._path = path
+        self._strict = durability != "never"
+        self._queue: list[_Write] = []
+        self._flushing: asyncio.TimerHandle | asyncio.Handle | None = None
+        self._not_before = 0.0
+        self._full: bool | None = None
+        self._dirty = False
+        self._checkpoint: asyncio.TimerHandle | None = None
+        self._seq = 0
+        self._waiters: list[asyncio.Future[int]] = []
+        self._progress: list[asyncio.Queue[Sequence[tuple[Any, ...]]]] = []
+
+    async def open(self) -> Boot:
+        """Make or open the file, and begin a new incarnation."""
+        try:
+            self._con = sqlite3.connect(self._path, isolation_level=None, cached_statements=256)
+            self._con.execute("PRAGMA journal_mode=WAL")
+            self._con.execute("PRAGMA wal_autocheckpoint=0")
+            self._con.execute("PRAGMA journal_size_limit=67108864")
+            self._con.executescript(_SCHEMA)
+        except sqlite3.Error as error:
+            raise _refusal(error) from error
+        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        meta = dict(self._con.execute("SELECT key, value FROM meta").fetchall())
+        same_boot = meta.get("boot_id") == boot_id
+        # Without FULL commits a power cut may take acknowledged rows along: their numbers would
+        # be given again, so cursors into the old log must not be honoured.
+        lost = not same_boot and meta.get("strict") == "0" and meta.get("clean") != "1"
+        epoch = meta.get("epoch") if not lost else None
+        incarnation = int(meta.get("incarnation", "0")) + 1
+        meta = {
+            "epoch": epoch or os.urandom(6).hex(),
+            "incarnation": str(incarnation),
+            "boot_id": boot_id,
+            "strict": str(int(self._strict)),
+            "clean": "0",
+        }
+
+        def begin(con: sqlite3.Connection) -> None:
+            con.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", meta.items())
+
+        self._incarnation = incarnation
+        await self._write(begin)
+        self._seq = self._con.execute(
+            "SELECT coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'events'), 0)"
+        ).fetchone()[0]
+        return Boot(meta["epoch"], incarnation, self._seq, same_boot)
+
+    async def close(self) -> None:
+        """Write what is queued, note that the stop was clean, fold the WAL in, close."""
+        await self._write(lambda con: con.execute("UPDATE meta SET value='1' WHERE key='clean'"))
+        for handle in (self._flushing, self._checkpoint):
+            if handle is not None:
+                handle.cancel()
+        self._con.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        self._con.close()
+
+    # Group commit
+
+    def _write(self, change: Callable[[sqlite3.Connection], T], *, full: bool = True) -> Any:
+        """Run ``change`` in the next group; an awaitable of its result once that is committed."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+        self._queue.append(_Write(change, future, full and self._strict))
+        if self._flushing is None:
+            delay_s = self._not_before - time.monotonic()
+            if delay_s > 0.0005:
+                self._flushing = loop.call_later(delay_s, self._flush)
+            else:
+                self._flushing = loop.call_soon(self._flush)
+        # A caller that is cancelled must not take the write back: it is the group's now.
+        return asyncio.shield(future)
+
+    def _flush(self) -> None:
+        self._flushing = None
+        group, self._queue = self._queue[:_GROUP], self._queue[_GROUP:]
+        began = time.monotonic()
+        results: list[Any] = []
+        try:
+            self._begin(any(write.full for write in group))
+            results = [self._apply(write.change) for write in group]
+            self._con.execute("COMMIT")
+        except Exception as error:  # nothing of the group was kept
+            if self._con.in_transaction:
+                self._con.execute("ROLLBACK")
+            refusal = _refusal(error)
+            results = [refusal] * len(group)
+        self._not_before = time.monotonic() + (time.monotonic() - began) * (1 / _SHARE - 1)
+        for write, result in zip(group, results, strict=True):
+            if write.future.cancelled():
+                continue
+            if isinstance(result, BaseException):
+                write.future.set_exception(result)
+                write.future.exception()  # a caller that was cancelled leaves nobody to read it
+            else:
+                write.future.set_result(result)
+        self._announce()
+        self._tidy_later()
+        if self._queue:
+            self._flushing = asyncio.get_running_loop().call_soon(self._flush)
+
+    def _begin(self, full: bool) -> None:
+        if full != self._full:
+            self._con.execute(f"PRAGMA synchronous={'FULL' if full else 'NORMAL'}")
+            self._full = full
+        self._con.execute("BEGIN IMMEDIATE")
+
+    def _apply(self, change: Change) -> Any:
+        """The change's result, or the exception with which it alone has failed."""
+        self._con.execute("SAVEPOINT one")
+        try:
+            result = change(self._con)
+        except Exception as error:
+            if not self._con.in_transaction:  # SQLite gave the whole group up (a full disk)
+                raise
+            self._con.execute("ROLLBACK TO one")
+            result = error if isinstance(error, Stale | Fenced) else _refusal(error)
+        self._con.execute("RELEASE one")
+        return result
+
+    def _announce(self) -> None:
+        """Wake those who wait for events."""
+        row = self._con.execute("SELECT seq FROM sqlite_sequence WHERE name='events'").fetchone()
+        if row is None or row[0] == self._seq:
+            return
+        self._seq = row[0]
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(self._seq)
+
+    def _tidy_later(self) -> None:
+        if self._checkpoint is None:
+            loop = asyncio.get_running_loop()
+            self._checkpoint = loop.call_later(_CHECKPOINT_S, self._tidy)
+
+    def _tidy(self) -> None:
+        """Fold the WAL into the database; PASSIVE never waits for a reader."""
+        self._checkpoint = None
+        try:
+            self._con.execute("PRAGMA wal_checkpoint(PASSIVE)")
+        except sqlite3.Error:
+            self._tidy_later()
+
+    # Jobs
+
+    async def create(
+        self, job: Job, event: Event, *, live_name: str | None = None
+    ) -> tuple[Job, bool]:
+        """See the contract."""
+
+        def change(con: sqlite3.Connection) -> tuple[Job, bool]:
+            if live_name is not None:
+                held = con.execute(
+                    f"SELECT {_COLUMNS} FROM jobs WHERE owner = ? AND live_name = ?",
+                    (job.owner, live_name),
+                ).fetchone()
+                if held is not None:
+                    return _job(held), False
+            row = con.execute("SELECT seq FROM sqlite_sequence WHERE name='jobs'").fetchone()
+            made = msgspec.structs.replace(
+                job, h=(row[0] if row else 0) + 1, incarnation=self._incarnation
+            )
+            con.execute(
+                "INSERT INTO jobs (id, owner, client, kind, name, state, version, fence,"
+                " incarnation, priority, rank, not_before, ended_at, live, live_name, doc,"
+                " progress, cursor, undo, stored_bytes, durable_bytes)"
+                " VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+                (
+                    made.id,
+                    made.owner,
+                    made.client,
+                    made.kind,
+                    made.name,
+                    made.state,
+                    made.version,
+                    made.fence,
+                    made.incarnation,
+                    made.priority,
+                    made.rank,
+                    made.not_before,
+                    made.ended_at,
+                    _live(made),
+                    live_name if _live(made) else None,
+                    _doc(made),
+                    _encode(made.progress),
+                    _encode(made.cursor),
+                    _encode(made.undo),
+                    made.stored_bytes,
+                    made.durable_bytes,
+                ),
+            )
+            self._log_event(con, event, made)
+            return made, True
+
+        return await self._write(change)  # type: ignore[no-any-return]
+
+    async def commit(
+        self,
+        job: Job,
+        event: Event,
+        *,
+        was_version: int,
+        fence: int | None = None,
+        files: Sequence[File] = (),
+    ) -> int:
+        """See the contract."""
+
+        def change(con: sqlite3.Connection) -> int:
+            self._guard(con, job.id, was_version, fence)
+            live = _live(job)
+            con.execute(
+                "UPDATE jobs SET name=?, state=?, version=?, fence=?, incarnation=?, priority=?,"
+                " rank=?, not_before=?, ended_at=?, live=?,"
+                " live_name = CASE WHEN ? THEN live_name END, doc=?, progress=? WHERE id=?",
+                (
+                    job.name,
+                    job.state,
+                    job.version,
+                    job.fence,
+                    self._incarnation,
+                    job.priority,
+                    job.rank,
+                    job.not_before,
+                    job.ended_at,
+                    live,
+                    live,
+                    _doc(job),
+                    _encode(job.progress),
+                    job.id,
+                ),
+            )
+            for file in files:
+                _add_file(con, file)
+            return self._log_event(con, event, job)
+
+        return await self._write(change)  # type: ignore[no-any-return]
+
+    async def save(
+        self,
+        job_id: str,
+        fence: int,
+        *,
+        cursor: Any = UNSET,
+        progress: Progress | None = None,
+        stored_bytes: int | None = None,
+        durable_bytes: int | None = None,
+        undo: Sequence[Undo] | None = None,
+    ) -> None:
+        """See the contract."""
+        columns: dict[str, Any] = {}
+        if cursor is not UNSET:
+            columns["cursor"] = _encode(cursor)
+        if undo is not None:
+            columns["undo"] = _encode(undo)
+        if durable_bytes is not None:
+            columns["durable_bytes"] = durable_bytes
+        full = bool(columns)
+        if stored_bytes is not None:
+            columns["stored_bytes"] = stored_bytes
+        if progress is not None:
+            columns["progress"] = _encode(progress)
+        columns["saved_at"] = time.time_ns() // 1_000_000
+        sets = ", ".join(f"{column}=?" for column in columns)
+
+        def change(con: sqlite3.Connection) -> None:
+            done = con.execute(
+                f"UPDATE jobs SET {sets} WHERE id=? AND fence=?", (*columns.values(), job_id, fence)
+            )
+            if done.rowcount == 0:
+                raise Fenced(job_id)
+
+        await self._write(change, full=full)
+
+    async def claim(self, kinds: Collection[str], slots: int) -> list[Job]:
+        """See the contract. Here a lease is the row's new fence and incarnation."""
+        if not kinds or slots <= 0:
+            return []
+        marks = ",".join("?" * len(kinds))
+
+        def change(con: sqlite3.Connection) -> list[Job]:
+            ids = con.execute(
+                "SELECT id FROM jobs WHERE state = 'queued'"
+                f" AND kind IN ({marks}) ORDER BY priority DESC, rank, h LIMIT ?",
+                (*kinds, slots),
+            ).fetchall()
+            leased = []
+            for row in ids:
+                con.execute(
+                    "UPDATE jobs SET fence = fence + 1, incarnation = ? WHERE id = ?",
+                    (self._incarnation, row[0]),
+                )
+                leased.append(_job(_select(con, row[0])))
+            return leased
+
+        return await self._write(change, full=False)  # type: ignore[no-any-return]
+
+    async def renew(self, leases: Sequence[tuple[str, int]]) -> list[str]:
+        """See the contract. One process owns the file, so a lease is lost only to a newer fence."""
+        lost = []
+        for job_id, fence in leases:
+            row = self._con.execute("SELECT fence FROM jobs WHERE id=?", (job_id,)).fetchone()
+            if row is None or row[0] != fence:
+                lost.append(job_id)
+        return lost
+
+    async def get(self, job_id: str, owner: str | None = None) -> Job | None:
+        """See the contract."""
+        row = self._con.execute(
+            f"SELECT {_COLUMNS} FROM jobs WHERE id = ? AND (? IS NULL OR owner = ?)",
+            (job_id, owner, owner),
+        ).fetchone()
+        return _job(row) if row else None
+
+    async def find(self, filter: Filter, after: int | None, limit: int) -> Page[Job]:
+        """See the contract.
+
+        Each (kind, state) pair is a seek of its own in an index, so that a page costs the same
+        however many jobs do not match.
+        """
+        seeks = [
+            _seek(filter, kind, state) for kind in _each(filter.kinds) for state in _states(filter)
+        ]
+        key = after if after is not None else 1 << 62
+        parts = []
+        arguments: list[Any] = []
+        for where, values in seeks:
+            source = "jobs INDEXED BY jobs_live" if filter.live else "jobs"
+            parts.append(
+                f"SELECT * FROM (SELECT {_COLUMNS} FROM {source} WHERE {where} AND h < ?"
+                " ORDER BY h DESC LIMIT ?)"
+            )
+            arguments += [*values, key, limit + 1]
+        sql = " UNION ALL ".join(parts) + " ORDER BY h DESC LIMIT ?"
+        rows = self._con.execute(sql, (*arguments, limit + 1)).fetchall()
+        jobs = [_job(row) for row in rows[:limit]]
+        return Page(jobs, jobs[-1].h if len(rows) > limit else None)
+
+    async def counts(self, owner: str | None) -> dict[str, int]:
+        """See the contract. Kept by triggers, so it costs nothing to ask."""
+        rows = self._con.execute(
+            "SELECT state, sum(n) FROM counts WHERE (? IS NULL OR owner = ?) GROUP BY state",
+            (owner, owner),
+        )
+        return {state: n for state, n in rows if n}
+
+    async def due(self, now: int) -> tuple[list[Job], int | None]:
+        """See the contract."""
+        rows = self._con.execute(
+            f"SELECT {_COLUMNS} FROM jobs WHERE state = 'scheduled' AND not_before <= ?"
+            " ORDER BY not_before LIMIT 500",
+            (now,),
+        ).fetchall()
+        following = self._con.execute(
+            "SELECT min(not_before) FROM jobs WHERE state = 'scheduled' AND not_before > ?", (now,)
+        ).fetchone()[0]
+        return [_job(row) for row in rows], following
+
+    async def ahead(self, job: Job) -> int:
+        """See the contract."""
+        return self._con.execute(  # type: ignore[no-any-return]
+            "SELECT count(*) FROM (SELECT 1 FROM jobs WHERE state = 'queued' AND"
+            " (-priority, rank, h) < (?, ?, ?) LIMIT 1000)",
+            (-job.priority, job.rank, job.h),
+        ).fetchone()[0]
+
+    async def delete(self, job_id: str, event: Event, *, was_version: int) -> int:
+        """See the contract."""
+
+        def change(con: sqlite3.Connection) -> int:
+            self._guard(con, job_id, was_version, None)
+            con.execute("DELETE FROM jobs WHERE id = ?", (job_id,))
+            con.execute("DELETE FROM events WHERE job = ?", (job_id,))
+            con.execute("DELETE FROM lines WHERE job = ?", (job_id,))
+            return self._log_event(con, event, None)
+
+        return await self._write(change)  # type: ignore[no-any-return]
+
+    async def ended_before(self, at: int, limit: int) -> list[Job]:
+        """Final jobs that ended before ``at``, oldest first."""
+        rows = self._con.execute(
+            f"SELECT {_COLUMNS} FROM jobs WHERE ended_at < ? ORDER BY ended_at LIMIT ?", (at, limit)
+        ).fetchall()
+        return [_job(row) for row in rows]
+
+    async def log(self, job_id: str, lines: Sequence[str], at: int) -> None:
+        """See the contract."""
+
+        def change(con: sqlite3.Connection) -> None:
+            n = con.execute(
+                "SELECT coalesce(max(n), 0) FROM lines WHERE job = ?", (job_id,)
+            ).fetchone()[0]
+            rows = [(job_id, n + i, at, line) for i, line in enumerate(lines, 1)]
+            con.executemany("INSERT INTO lines VALUES (?, ?, ?, ?)", rows)
+            con.execute(
+                "DELETE FROM lines WHERE job = ? AND n <= ?", (job_id, n + len(lines) - _LOG_LINES)
+            )
+
+        await self._write(change, full=False)
+
+    async def lines(self, job_id: str, after: int, limit: int) -> list[tuple[int, int, str]]:
+        """See the contract."""
+        if after < 0:
+            newest = self._con.execute(
+                "SELECT coalesce(max(n), 0) FROM lines WHERE job = ?", (job_id,)
+            ).fetchone()[0]
+            after += newest
+        return self._con.execute(
+            "SELECT n, at, line FROM lines WHERE job = ? AND n > ? ORDER BY n LIMIT ?",
+            (job_id, after, limit),
+        ).fetchall()
+
+    def _guard(
+        self, con: sqlite3.Connection, job_id: str, was_version: int, fence: int | None
+    ) -> None:
+        row = con.execute("SELECT version, fence FROM jobs WHERE id = ?", (job_id,)).fetchone()
+        if row is None or row[0] != was_version:
+            raise Stale(job_id)
+        if fence is not None and row[1] != fence:
+            raise Fenced(job_id)
+
+    # Events
+
+    def _log_event(self, con: sqlite3.Connection, event: Event, job: Job | None) -> int:
+        row = bytes(event.row)
+        if job is not None and event.version == 1:  # its number was not known to the caller
+            row = row.replace(b'"h":0', b'"h":%d' % job.h, 1)
+        return con.execute(  # type: ignore[return-value]
+            "INSERT INTO events (job, version, kind, owner, at, from_, to_, cause, actor, row)"
+            " VALUES (?,?,?,?,?,?,?,?,?,?)",
+            (
+                event.job,
+                event.version,
+                event.kind,
+                event.owner,
+                event.at,
+                event.from_,
+                event.to,
+                event.cause,
+                event.actor,
+                row,
+            ),
+        ).lastrowid
+
+    async def events(self, after_seq: int, limit: int) -> list[Event]:
+        """See the contract."""
+        rows = self._con.execute(
+            f"SELECT {_EVENT} FROM events WHERE seq > ? ORDER BY seq LIMIT ?", (after_seq, limit)
+        )
+        return [_event(row) for row in rows]
+
+    async def oldest(self) -> int:
+        """See the contract."""
+        row = self._con.execute("SELECT min(seq) FROM events").fetchone()
+        return row[0] if row[0] is not None else self._seq + 1
+
+    async def history(self, job_id: str, after_version: int, limit: int) -> list[Event]:
+        """See the contract."""
+        rows = self._con.execute(
+            f"SELECT {_EVENT} FROM events WHERE job = ? AND version > ? ORDER BY version LIMIT ?",
+            (job_id, after_version, limit),
+        )
+        return [_event(row) for row in rows]
+
+    async def wait(self, seq: int) -> int:
+        """See the contract."""
+        if self._seq > seq:
+            return self._seq
+        waiter: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        return await waiter
+
+    async def progress_out(self, rows: Sequence[tuple[Any, ...]]) -> None:
+        """See the contract. Here every node is this process."""
+        for queue in self._progress:
+            if queue.full():
+                queue.get_nowait()
+            queue.put_nowait(rows)
+
+    async def progress_in(self) -> AsyncIterator[Sequence[tuple[Any, ...]]]:
+        """See the contract."""
+        queue: asyncio.Queue[Sequence[tuple[Any, ...]]] = asyncio.Queue(16)
+        self._progress.append(queue)
+        try:
+            while True:
+                yield await queue.get()
+        finally:
+            self._progress.remove(queue)
+
+    # Files
+
+    async def file(self, file_id: str, owner: str | None) -> File | None:
+        """See the contract."""
+        row = self._con.execute(
+            "SELECT doc, h, version FROM files WHERE id = ? AND (? IS NULL OR owner = ?)",
+            (file_id, owner, owner),
+        ).fetchone()
+        return _file(row) if row else None
+
+    async def newest(self, owner: str, name: str) -> File | None:
+        """See the contract."""
+        row = self._con.execute(
+            "SELECT doc, h, version FROM files WHERE owner = ? AND name = ?"
+            " ORDER BY h DESC LIMIT 1",
+            (owner, name),
+        ).fetchone()
+        return _file(row) if row else None
+
+    async def find_files(
+        self, owner: str, name: str | None, after: int | None, limit: int
+    ) -> Page[File]:
+        """See the contract."""
+        where, values = (
+            ("owner = ?", [owner]) if name is None else ("owner = ? AND name = ?", [owner, name])
+        )
+        rows = self._con.execute(
+            f"SELECT doc, h, version FROM files WHERE {where} AND h < ? ORDER BY h DESC LIMIT ?",
+            (*values, after if after is not None else 1 << 62, limit + 1),
+        ).fetchall()
+        files = [_file(row) for row in rows[:limit]]
+        return Page(files, files[-1].h if len(rows) > limit else None)
+
+    async def delete_file(self, file_id: str) -> None:
+        """See the contract."""
+        await self._write(lambda con: con.execute("DELETE FROM files WHERE id = ?", (file_id,)))
+
+    async def expired_files(self, now: int, limit: int) -> list[File]:
+        """See the contract."""
+        rows = self._con.execute(
+            "SELECT doc, h, version FROM files WHERE expires_at < ? LIMIT ?", (now, limit)
+        )
+        return [_file(row) for row in rows]
+
+    async def stored(self, owner: str | None) -> tuple[int, int]:
+        """See the contract. Kept by triggers."""
+        return self._con.execute(  # type: ignore[no-any-return]
+            "SELECT coalesce(sum(files), 0), coalesce(sum(bytes), 0) FROM stored"
+            " WHERE (? IS NULL OR owner = ?)",
+            (owner, owner),
+        ).fetchone()
+
+
+def _refusal(error: BaseException) -> SluiceError:
+    """What a failing SQLite means to the caller; names no path."""
+    if isinstance(error, SluiceError):
+        return error
+    name = getattr(error, "sqlite_errorname", "")
+    if name.startswith("SQLITE_FULL"):
+        return SluiceError("disk-full", "The disk of the state is full; nothing was changed.")
+    if name.startswith(("SQLITE_CANTOPEN", "SQLITE_READONLY", "SQLITE_IOERR")):
+        return SluiceError("storage-missing", f"The state can't be written ({name}).")
+    refusal = SluiceError("internal")
+    refusal.__cause__ = error
+    return refusal
+
+
+def _live(job: Job) -> int | None:
+    return None if job.ended_at is not None else 1
+
+
+def _doc(job: Job) -> bytes:
+    """The versioned part of a job."""
+    return _encode(
+        msgspec.structs.replace(
+            job,
+            cursor=None,
+            undo=(),
+            stored_bytes=0,
+            durable_bytes=0,
+            saved_at=0,
+            progress=Progress(),
+        )
+    )
+
+
+def _job(row: Sequence[Any]) -> Job:
+    h, fence, doc, progress, cursor, undo, stored, durable, saved_at = row
+    return msgspec.structs.replace(
+        _job_decoder.decode(doc),
+        h=h,
+        fence=fence,
+        progress=_progress_decoder.decode(progress) if progress else Progress(),
+        cursor=msgspec.json.decode(cursor) if cursor else None,
+        undo=_undo_decoder.decode(undo) if undo else (),
+        stored_bytes=stored,
+        durable_bytes=durable,
+        saved_at=saved_at,
+    )
+
+
+def _select(con: sqlite3.Connection, job_id: str) -> Sequence[Any]:
+    return con.execute(f"SELECT {_COLUMNS} FROM jobs WHERE id = ?", (job_id,)).fetchone()  # type: ignore[no-any-return]
+
+
+def _each(values: tuple[str, ...]) -> Sequence[str | None]:
+    return values or (None,)
+
+
+def _states(filter: Filter) -> Sequence[str | None]:
+    return _each(filter.states)
+
+
+def _seek(filter: Filter, kind: str | None, state: str | None) -> tuple[str, list[Any]]:
+    """WHERE for one (kind, state) pair."""
+    clauses: list[str] = []
+    values: list[Any] = []
+    wanted = {
+        "owner": filter.owner,
+        "kind": kind,
+        "state": state,
+        "name": filter.name,
+        "client": filter.client,
+    }
+    for column, value in wanted.items():
+        if value is not None:
+            clauses.append(f"{column} = ?")
+            values.append(value)
+    if filter.live:
+        clauses.append("live = 1")
+    return " AND ".join(clauses) or "1", values
+
+
+def _event(row: Sequence[Any]) -> Event:
+    return Event(
+        seq=row[0],
+        job=row[1],
+        version=row[2],
+        kind=row[3],
+        owner=row[4],
+        at=row[5],
+        from_=row[6],
+        to=row[7],
+        cause=row[8],
+        actor=row[9],
+        row=msgspec.Raw(row[10]),
+    )
+
+
+def _file(row: Sequence[Any]) -> File:
+    return msgspec.structs.replace(_file_decoder.decode(row[0]), h=row[1], version=row[2])
+
+
+def _add_file(con: sqlite3.Connection, file: File) -> None:
+    """Insert a file as the next version of its name; numbers of deleted versions stay used."""
+    version = con.execute(
+        "INSERT INTO names VALUES (?, ?, 1) ON CONFLICT DO UPDATE SET version = version + 1"
+        " RETURNING version",
+        (file.owner, file.name),
+    ).fetchone()[0]
+    con.execute(
+        "INSERT INTO files (id, owner, name, version, bytes, expires_at, doc)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?)",
+        (file.id, file.owner, file.name, version, file.bytes, file.expires_at, _encode(file)),
+    )
