@@ -22,7 +22,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from errors import SluiceError
-from storage import By, Event, Job, Result, Rollback
+from storage import Artifact, By, Job, Result, Rollback
 
 SCHEDULED: Final = "scheduled"
 QUEUED: Final = "queued"
@@ -48,8 +48,10 @@ STATES: Final = (
 FINAL: Final = frozenset({SUCCEEDED, FAILED, CANCELLED})
 DELETED: Final = "deleted"  # not a state: what the last event of a deleted job goes to
 
-# Jobs resumed go to the front of their priority: their rank is below every creation time.
+# Jobs that ran before go to the front of their priority: their rank is below every creation time.
 FRONT: Final = -(10**14)
+
+_END_MS: Final = 10_000  # from the force of a deadline to its end
 
 
 class Input(Enum):
@@ -100,6 +102,7 @@ class Facts(NamedTuple):
     result: Result | None = None
     rollback: Rollback | None = None
     reason: str | None = None
+    artifacts: tuple[Artifact, ...] = ()
 
 
 class Row(NamedTuple):
@@ -143,8 +146,8 @@ def is_early(job: Job, facts: Facts) -> bool:
 
 
 def may_retry(job: Job, facts: Facts) -> bool:
-    """The kind grants another attempt."""
-    return facts.retry_at is not None
+    """The kind grants another attempt; a transfer has none."""
+    return facts.retry_at is not None and job.transfer is None
 
 
 def has_failed(job: Job, facts: Facts) -> bool:
@@ -187,17 +190,17 @@ TRANSITIONS: Final[dict[tuple[str, Input], tuple[Row, ...]]] = {
     ),
     (SCHEDULED, Input.CANCEL): (
         Row(CANCELLING, 202, (Effect.ALARM, Effect.ROLLBACK), has_undo),
-        Row(CANCELLED, 200, (Effect.SIGNAL,)),
+        Row(CANCELLED, 200, (Effect.SIGNAL, Effect.DISCARD)),
     ),
     (QUEUED, Input.CANCEL): (
         Row(CANCELLING, 202, (Effect.ALARM, Effect.ROLLBACK), has_undo),
-        Row(CANCELLED, 200, (Effect.SIGNAL,)),
+        Row(CANCELLED, 200, (Effect.SIGNAL, Effect.DISCARD)),
     ),
     (RUNNING, Input.CANCEL): (Row(CANCELLING, 202, _SIGNAL),),
     (PAUSING, Input.CANCEL): (Row(CANCELLING, 202, _SIGNAL),),
     (PAUSED, Input.CANCEL): (Row(CANCELLING, 202, _SIGNAL),),
     (CANCELLING, Input.CANCEL): (
-        Row(CANCELLING, 202, (Effect.FORCE,), forced),
+        Row(CANCELLING, 202, (Effect.FORCE, Effect.ALARM), forced, note=True),
         Row(CANCELLING, 202),
     ),
     (CANCELLED, Input.CANCEL): (Row(CANCELLED),),
@@ -290,6 +293,8 @@ def decide(job: Job, input: Input, facts: Facts) -> Decision | None:
     Raises job-finished or job-cancelling (409) for a command that the state does not allow; the
     problem carries the job's state, so that a command that lost a race says so.
     """
+    if input is Input.DEADLINE and (job.deadline_at or facts.now) > facts.now:
+        return None  # an alarm of an earlier state, or of a deadline that was moved
     for row in TRANSITIONS.get((job.state, input), ()):
         if row.when is None or row.when(job, facts):
             changed = row.to != job.state or row.note
@@ -309,7 +314,7 @@ def _moved(job: Job, input: Input, row: Row, facts: Facts) -> Job:
     change: dict[str, Any] = {
         "state": row.to,
         "version": job.version + 1,
-        "want": _WANTS.get(row.to, "run"),
+        "want": _WANTS.get(row.to, "cancel" if job.want == "cancel" else "run"),
         "reason": facts.reason or (None if input in COMMANDS else _reason(input, job)),
     }
     if facts.by is not None:
@@ -318,7 +323,7 @@ def _moved(job: Job, input: Input, row: Row, facts: Facts) -> Job:
         change |= {"deadline_at": None, "deadline_step": 0}
     if row.to in FINAL:
         change["ended_at"] = facts.now
-    change |= _of_state(job, row.to, facts)
+    change |= _of_state(job, input, row.to, facts)
     change |= _of_input(job, input, row.to, facts)
     return msgspec.structs.replace(job, **change)
 
@@ -331,11 +336,11 @@ def _reason(input: Input, job: Job) -> str | None:
     return job.reason if input in (Input.UNWOUND, Input.DEADLINE, Input.UNDONE) else None
 
 
-def _of_state(job: Job, to: str, facts: Facts) -> dict[str, Any]:
-    """Fields that every way into a state sets."""
+def _of_state(job: Job, input: Input, to: str, facts: Facts) -> dict[str, Any]:
+    """Fields that every way into a state sets. Each deadline has three steps: warn, force, end."""
     if to in (PAUSING, CANCELLING):
-        step = job.deadline_step + 1 if to == job.state and job.deadline_at else 0
-        wait_ms = (facts.warn_ms, facts.grace_ms - facts.warn_ms, 10_000)[min(step, 2)]
+        step = job.deadline_step + 1 if input is Input.DEADLINE else 2 * facts.force
+        wait_ms = (facts.warn_ms, facts.grace_ms - facts.warn_ms, _END_MS)[min(step, 2)]
         return {"deadline_step": step, "deadline_at": facts.now + wait_ms}
     if to == RUNNING:
         return {"started_at": job.started_at or facts.now}
@@ -346,7 +351,7 @@ def _of_input(job: Job, input: Input, to: str, facts: Facts) -> dict[str, Any]:
     """Fields that only this input sets."""
     change: dict[str, Any] = {}
     if input is Input.FINISH and to == SUCCEEDED:
-        change = {"result": facts.result, "error": None}
+        change = {"result": facts.result, "error": None, "artifacts": facts.artifacts}
     elif input is Input.FAIL or (input in (Input.CRASH, Input.SHUTDOWN) and to == FAILED):
         change = {"error": None if to in (SCHEDULED, PAUSED) else facts.error}
         if to in (SCHEDULED, PAUSED):
@@ -357,12 +362,12 @@ def _of_input(job: Job, input: Input, to: str, facts: Facts) -> dict[str, Any]:
         change = {"rollback": facts.rollback}
     elif input is Input.DEADLINE and to != job.state:
         change = {"reason": "forced"}
-    if to == QUEUED and job.rank >= 0 and input is not Input.DUE:
+    if to == QUEUED and job.rank >= 0 and input not in (Input.DUE, Input.RETRY_AT):
         change["rank"] = FRONT + job.created_at
     return change
 
 
-def created(job: Job, facts: Facts, cause: str = "created") -> Job:
+def created(job: Job, facts: Facts) -> Job:
     """The first row of a job: running for a transfer, else scheduled or queued."""
     if job.transfer is not None:
         state = RUNNING
@@ -381,22 +386,6 @@ def created(job: Job, facts: Facts, cause: str = "created") -> Job:
 def noted(job: Job, **change: Any) -> Job:
     """The row after something worth an event that is no transition (renamed, client gone)."""
     return msgspec.structs.replace(job, version=job.version + 1, **change)
-
-
-def event(before: Job | None, after: Job, cause: str, row: msgspec.Raw, actor: str) -> Event:
-    """The log's entry for a decision."""
-    return Event(
-        job=after.id,
-        version=after.version,
-        kind=after.kind,
-        owner=after.owner,
-        at=0,
-        from_=before.state if before else None,
-        to=after.state,
-        cause=cause,
-        actor=actor,
-        row=row,
-    )
 
 
 def violations(job: Job) -> list[str]:

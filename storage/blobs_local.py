@@ -29,6 +29,8 @@ _CALL_BYTES = 1 << 20
 _WRITE_BEHIND_BYTES = 1 << 20
 _RESERVE_BYTES = 16 << 20  # left free for the state, so that a full disk can still be recorded
 
+_GONE = "Stored bytes of the upload are gone."
+
 _SYNC_FILE_RANGE_WRITE = 2
 _libc = ctypes.CDLL(None, use_errno=True)
 _sync_file_range = _libc.sync_file_range
@@ -147,16 +149,20 @@ class LocalBlobs:
         self, blob_id: str, fence: int, *, offset: int = 0, length: int | None = None
     ) -> LocalWriter:
         """See the contract. One process owns the folder, so the fence needs no check here."""
-        if length is not None and length - offset > await self.free_bytes() - _RESERVE_BYTES:
-            raise SluiceError("disk-full", f"There is no room for {length - offset:,} bytes.")
+        missing = (length or 0) - offset
+        if missing > 0 and missing > await self.free_bytes() - _RESERVE_BYTES:
+            raise SluiceError("disk-full", f"There is no room for {missing:,} bytes.")
+        flags = os.O_RDWR | os.O_CLOEXEC | (0 if offset else os.O_CREAT)
         try:
-            fd = os.open(self._tmp / blob_id, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+            fd = os.open(self._tmp / blob_id, flags, 0o640)
+        except FileNotFoundError as error:
+            raise self._absent(error, "storage-failed", _GONE) from error
         except OSError as error:
             raise refusal(error) from error
         try:
             size = os.fstat(fd).st_size
             if size < offset:
-                raise SluiceError("storage-failed", "Stored bytes of the upload are gone.")
+                raise SluiceError("storage-failed", _GONE)
             if size > offset:
                 os.ftruncate(fd, offset)
         except (OSError, SluiceError) as error:
@@ -168,32 +174,43 @@ class LocalBlobs:
         """See the contract."""
         try:
             return (self._tmp / blob_id).stat().st_size
-        except OSError:
-            return None
+        except FileNotFoundError as error:
+            if self._tmp.is_dir():
+                return None
+            raise refusal(error) from error
+        except OSError as error:
+            raise refusal(error) from error
 
     async def publish(self, blob_id: str, name: str) -> int:
         """See the contract. The folder entries are forced to the disk as well."""
-        folder = self._uploads / blob_id
+        unfinished, folder = self._tmp / blob_id, self._uploads / blob_id
         try:
+            size = unfinished.stat().st_size
             folder.mkdir(exist_ok=True)
-            os.rename(self._tmp / blob_id, folder / name)
+            if os.listdir(folder):  # a rename would replace bytes that never change
+                raise SluiceError("storage-failed", "The blob has been published before.")
+            os.rename(unfinished, folder / name)
             if self._durability != "never":
                 for path in (folder, self._uploads):
                     _sync_folder(path)
-            return (folder / name).stat().st_size
+        except FileNotFoundError as error:
+            raise self._absent(error, "storage-failed", _GONE) from error
         except OSError as error:
             raise refusal(error) from error
+        return size
 
     async def unpublish(self, blob_id: str) -> bool:
         """See the contract."""
         folder = self._uploads / blob_id
         try:
             names = os.listdir(folder)
-        except OSError:
+            for name in names:
+                os.rename(folder / name, self._tmp / blob_id)
+            folder.rmdir()
+        except FileNotFoundError:
             return False
-        for name in names:
-            os.rename(folder / name, self._tmp / blob_id)
-        folder.rmdir()
+        except OSError as error:
+            raise refusal(error) from error
         return bool(names)
 
     async def reader(self, blob_id: str, name: str | None) -> LocalReader:
@@ -202,7 +219,7 @@ class LocalBlobs:
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError as error:
-            raise SluiceError("file-unknown", "The file's bytes are gone.") from error
+            raise self._absent(error, "file-unknown", "The file's bytes are gone.") from error
         except OSError as error:
             raise refusal(error) from error
         key = _inode(fd)
@@ -221,8 +238,10 @@ class LocalBlobs:
     def _unlink(self, path: Path) -> None:
         try:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except OSError:
+        except FileNotFoundError:
             return
+        except OSError as error:
+            raise refusal(error) from error
         try:
             os.unlink(path)
         except OSError as error:
@@ -264,10 +283,9 @@ class LocalBlobs:
 
     async def concat(self, blob_id: str, parts: Sequence[tuple[str, str | None]]) -> int:
         """See the contract. ``copy_file_range`` shares the blocks where the disk can."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
         try:
-            target = os.open(
-                self._tmp / blob_id, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o640
-            )
+            target = os.open(self._tmp / blob_id, flags, 0o640)
         except OSError as error:
             raise refusal(error) from error
         total = 0
@@ -275,23 +293,44 @@ class LocalBlobs:
             for part_id, name in parts:
                 reader = await self.reader(part_id, name)
                 try:
-                    total += await _copy(reader, target, total)
+                    total += await self._copy(reader, target, total)
                 finally:
                     await reader.close()
-        except OSError as error:
-            raise refusal(error) from error
+            if self._durability != "never":  # there is no writer that could be asked to
+                os.fdatasync(target)
+        except (OSError, SluiceError) as error:
+            self._unlink(self._tmp / blob_id)  # a part of the whole is of no use to anyone
+            raise refusal(error) if isinstance(error, OSError) else error from error
         finally:
             os.close(target)
         return total
 
+    async def _copy(self, reader: LocalReader, target: int, at: int) -> int:
+        """Append a reader's bytes at ``at``; how many."""
+        done = 0
+        source = reader.fileno()
+        assert source is not None
+        while done < reader.size_bytes:
+            n = os.copy_file_range(source, target, _CALL_BYTES, done, at + done)
+            if n == 0:
+                break
+            if self._durability != "never":
+                _sync_file_range(target, at + done, n, _SYNC_FILE_RANGE_WRITE)
+            done += n
+            await asyncio.sleep(0)
+        return done
+
     async def sweep(self, keep: Collection[str]) -> int:
         """See the contract."""
         swept = 0
-        with os.scandir(self._tmp) as entries:
-            for entry in entries:
-                if entry.name not in keep:
-                    await self.discard(entry.name)
-                    swept += 1
+        try:
+            with os.scandir(self._tmp) as entries:
+                for entry in entries:
+                    if entry.name not in keep and entry.is_file(follow_symlinks=False):
+                        self._unlink(self._tmp / entry.name)
+                        swept += 1
+        except OSError as error:
+            raise refusal(error) from error
         return swept
 
     async def free_bytes(self) -> int:
@@ -300,6 +339,10 @@ class LocalBlobs:
             return shutil.disk_usage(self._tmp).free
         except OSError as error:
             raise refusal(error) from error
+
+    def _absent(self, error: OSError, code: str, detail: str) -> SluiceError:
+        """A file is missing: it alone, or the whole folder with it (a disk that is not there)?"""
+        return SluiceError(code, detail) if self._tmp.is_dir() else refusal(error)
 
 
 def _inode(fd: int) -> tuple[int, int]:
@@ -325,17 +368,3 @@ async def _cut(fd: int) -> None:
             await asyncio.sleep(0.005)
     finally:
         os.close(fd)
-
-
-async def _copy(reader: LocalReader, target: int, at: int) -> int:
-    """Append a reader's bytes at ``at``; how many."""
-    done = 0
-    source = reader.fileno()
-    assert source is not None
-    while done < reader.size_bytes:
-        n = os.copy_file_range(source, target, _CALL_BYTES, done, at + done)
-        if n == 0:
-            break
-        done += n
-        await asyncio.sleep(0)
-    return done

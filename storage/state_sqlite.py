@@ -21,7 +21,7 @@ import asyncio
 import os
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -48,7 +48,9 @@ Change = Callable[[sqlite3.Connection], Any]
 _GROUP = 500  # writes in one transaction; bounds the loop's pause
 _SHARE = 0.3  # of the loop's time that commits may take
 _CHECKPOINT_S = 1.0
+_LEASE_S = 15.0  # for the commit that must follow a claim
 _LOG_LINES = 10_000  # kept for each job
+_ABOVE = 1 << 62  # beyond every number
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
@@ -58,14 +60,14 @@ CREATE TABLE IF NOT EXISTS jobs (
     owner TEXT NOT NULL, client TEXT NOT NULL, kind TEXT NOT NULL, name TEXT NOT NULL,
     state TEXT NOT NULL, version INTEGER NOT NULL, fence INTEGER NOT NULL,
     incarnation INTEGER NOT NULL, priority INTEGER NOT NULL, rank INTEGER NOT NULL,
-    not_before INTEGER, ended_at INTEGER, live INTEGER, live_name TEXT,
+    not_before INTEGER, ended_at INTEGER, live INTEGER, live_name TEXT, lease_ends REAL,
     doc BLOB NOT NULL, progress BLOB, cursor BLOB, undo BLOB,
     stored_bytes INTEGER NOT NULL DEFAULT 0, durable_bytes INTEGER NOT NULL DEFAULT 0,
     saved_at INTEGER NOT NULL DEFAULT 0);
 CREATE INDEX IF NOT EXISTS jobs_owner ON jobs (owner, h);
-CREATE INDEX IF NOT EXISTS jobs_state ON jobs (owner, state, h);
 CREATE INDEX IF NOT EXISTS jobs_kind ON jobs (owner, kind, state, h);
-CREATE INDEX IF NOT EXISTS jobs_name ON jobs (owner, name, h);
+CREATE INDEX IF NOT EXISTS jobs_name ON jobs (owner, name, kind, state, h);
+CREATE INDEX IF NOT EXISTS jobs_client ON jobs (owner, client, kind, state, h);
 CREATE INDEX IF NOT EXISTS jobs_live ON jobs (h) WHERE live = 1;
 CREATE UNIQUE INDEX IF NOT EXISTS jobs_live_name ON jobs (owner, live_name)
     WHERE live_name IS NOT NULL;
@@ -73,16 +75,19 @@ CREATE INDEX IF NOT EXISTS jobs_queue ON jobs (priority DESC, rank, h) WHERE sta
 CREATE INDEX IF NOT EXISTS jobs_due ON jobs (not_before) WHERE state = 'scheduled';
 CREATE INDEX IF NOT EXISTS jobs_ended ON jobs (ended_at) WHERE ended_at IS NOT NULL;
 CREATE TABLE IF NOT EXISTS counts (
-    owner TEXT, state TEXT, n INTEGER NOT NULL, PRIMARY KEY (owner, state)) WITHOUT ROWID;
+    owner TEXT, kind TEXT, state TEXT, n INTEGER NOT NULL, PRIMARY KEY (owner, kind, state)
+    ) WITHOUT ROWID;
 CREATE TRIGGER IF NOT EXISTS jobs_in AFTER INSERT ON jobs BEGIN
-    INSERT INTO counts VALUES (new.owner, new.state, 1)
+    INSERT INTO counts VALUES (new.owner, new.kind, new.state, 1)
         ON CONFLICT DO UPDATE SET n = n + 1; END;
 CREATE TRIGGER IF NOT EXISTS jobs_out AFTER DELETE ON jobs BEGIN
-    UPDATE counts SET n = n - 1 WHERE owner = old.owner AND state = old.state; END;
+    UPDATE counts SET n = n - 1
+        WHERE owner = old.owner AND kind = old.kind AND state = old.state; END;
 CREATE TRIGGER IF NOT EXISTS jobs_move AFTER UPDATE OF state ON jobs
     WHEN old.state <> new.state BEGIN
-    UPDATE counts SET n = n - 1 WHERE owner = old.owner AND state = old.state;
-    INSERT INTO counts VALUES (new.owner, new.state, 1)
+    UPDATE counts SET n = n - 1
+        WHERE owner = old.owner AND kind = old.kind AND state = old.state;
+    INSERT INTO counts VALUES (new.owner, new.kind, new.state, 1)
         ON CONFLICT DO UPDATE SET n = n + 1; END;
 CREATE TABLE IF NOT EXISTS events (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, job TEXT NOT NULL, version INTEGER NOT NULL,
@@ -109,7 +114,9 @@ CREATE TABLE IF NOT EXISTS lines (
     ) WITHOUT ROWID;
 """
 
-_COLUMNS = "h, fence, doc, progress, cursor, undo, stored_bytes, durable_bytes, saved_at"
+_COLUMNS = (
+    "h, fence, incarnation, doc, progress, cursor, undo, stored_bytes, durable_bytes, saved_at"
+)
 _EVENT = "seq, job, version, kind, owner, at, from_, to_, cause, actor, row"
 
 _encode = msgspec.json.Encoder().encode
@@ -138,19 +145,26 @@ class SqliteState:
         self._dirty = False
         self._checkpoint: asyncio.TimerHandle | None = None
         self._seq = 0
-        self._waiters: list[asyncio.Future[int]] = []
+        self._waiters: set[asyncio.Future[int]] = set()
         self._progress: list[asyncio.Queue[Sequence[tuple[Any, ...]]]] = []
 
     async def open(self) -> Boot:
         """Make or open the file, and begin a new incarnation."""
         try:
             self._con = sqlite3.connect(self._path, isolation_level=None, cached_statements=256)
-            self._con.execute("PRAGMA journal_mode=WAL")
-            self._con.execute("PRAGMA wal_autocheckpoint=0")
-            self._con.execute("PRAGMA journal_size_limit=67108864")
-            self._con.executescript(_SCHEMA)
         except sqlite3.Error as error:
             raise _refusal(error) from error
+        try:
+            return self._boot()
+        except sqlite3.Error as error:
+            self._con.close()
+            raise _refusal(error) from error
+
+    def _boot(self) -> Boot:
+        self._con.execute("PRAGMA journal_mode=WAL")
+        self._con.execute("PRAGMA wal_autocheckpoint=0")
+        self._con.execute("PRAGMA journal_size_limit=67108864")
+        self._con.executescript(_SCHEMA)
         boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         meta = dict(self._con.execute("SELECT key, value FROM meta").fetchall())
         same_boot = meta.get("boot_id") == boot_id
@@ -158,33 +172,37 @@ class SqliteState:
         # be given again, so cursors into the old log must not be honoured.
         lost = not same_boot and meta.get("strict") == "0" and meta.get("clean") != "1"
         epoch = meta.get("epoch") if not lost else None
-        incarnation = int(meta.get("incarnation", "0")) + 1
+        self._incarnation = int(meta.get("incarnation", "0")) + 1
         meta = {
             "epoch": epoch or os.urandom(6).hex(),
-            "incarnation": str(incarnation),
+            "incarnation": str(self._incarnation),
             "boot_id": boot_id,
             "strict": str(int(self._strict)),
             "clean": "0",
         }
-
-        def begin(con: sqlite3.Connection) -> None:
-            con.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", meta.items())
-
-        self._incarnation = incarnation
-        await self._write(begin)
+        self._begin(True)  # whatever the durability: after a power cut it must say what may be lost
+        self._con.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", meta.items())
+        self._con.execute(  # a lease that no commit has followed
+            "UPDATE jobs SET lease_ends = NULL WHERE state = 'queued' AND lease_ends IS NOT NULL"
+        )
+        self._con.execute("COMMIT")
         self._seq = self._con.execute(
             "SELECT coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'events'), 0)"
         ).fetchone()[0]
-        return Boot(meta["epoch"], incarnation, self._seq, same_boot)
+        return Boot(meta["epoch"], self._incarnation, self._seq, same_boot)
 
     async def close(self) -> None:
         """Write what is queued, note that the stop was clean, fold the WAL in, close."""
-        await self._write(lambda con: con.execute("UPDATE meta SET value='1' WHERE key='clean'"))
-        for handle in (self._flushing, self._checkpoint):
-            if handle is not None:
-                handle.cancel()
-        self._con.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        self._con.close()
+        try:
+            await self._write(
+                lambda con: con.execute("UPDATE meta SET value='1' WHERE key='clean'")
+            )
+            self._con.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        finally:
+            for handle in (self._flushing, self._checkpoint):
+                if handle is not None:
+                    handle.cancel()
+            self._con.close()
 
     # Group commit
 
@@ -225,10 +243,10 @@ class SqliteState:
                 write.future.exception()  # a caller that was cancelled leaves nobody to read it
             else:
                 write.future.set_result(result)
-        self._announce()
-        self._tidy_later()
         if self._queue:
             self._flushing = asyncio.get_running_loop().call_soon(self._flush)
+        self._tidy_later()
+        self._announce()
 
     def _begin(self, full: bool) -> None:
         if full != self._full:
@@ -255,8 +273,7 @@ class SqliteState:
         if row is None or row[0] == self._seq:
             return
         self._seq = row[0]
-        waiters, self._waiters = self._waiters, []
-        for waiter in waiters:
+        for waiter in self._waiters:
             if not waiter.done():
                 waiter.set_result(self._seq)
 
@@ -341,9 +358,11 @@ class SqliteState:
             self._guard(con, job.id, was_version, fence)
             live = _live(job)
             con.execute(
-                "UPDATE jobs SET name=?, state=?, version=?, fence=?, incarnation=?, priority=?,"
-                " rank=?, not_before=?, ended_at=?, live=?,"
-                " live_name = CASE WHEN ? THEN live_name END, doc=?, progress=? WHERE id=?",
+                # The fence never falls: a command may have read the row before it was claimed.
+                "UPDATE jobs SET name=?, state=?, version=?, fence=max(fence, ?), incarnation=?,"
+                " priority=?, rank=?, not_before=?, ended_at=?, live=?,"
+                " live_name = CASE WHEN ? THEN live_name END,"
+                " lease_ends = CASE WHEN ? THEN lease_ends END, doc=?, progress=? WHERE id=?",
                 (
                     job.name,
                     job.state,
@@ -356,6 +375,7 @@ class SqliteState:
                     job.ended_at,
                     live,
                     live,
+                    fence is None and job.state == "queued",  # a command leaves the lease alone
                     _doc(job),
                     _encode(job.progress),
                     job.id,
@@ -404,22 +424,24 @@ class SqliteState:
         await self._write(change, full=full)
 
     async def claim(self, kinds: Collection[str], slots: int) -> list[Job]:
-        """See the contract. Here a lease is the row's new fence and incarnation."""
+        """See the contract. A lease is the row's new fence, and until when nobody else gets it."""
         if not kinds or slots <= 0:
             return []
         marks = ",".join("?" * len(kinds))
 
         def change(con: sqlite3.Connection) -> list[Job]:
+            now = time.monotonic()
             ids = con.execute(
-                "SELECT id FROM jobs WHERE state = 'queued'"
+                "SELECT id FROM jobs WHERE state = 'queued' AND coalesce(lease_ends, 0) <= ?"
                 f" AND kind IN ({marks}) ORDER BY priority DESC, rank, h LIMIT ?",
-                (*kinds, slots),
+                (now, *kinds, slots),
             ).fetchall()
             leased = []
             for row in ids:
                 con.execute(
-                    "UPDATE jobs SET fence = fence + 1, incarnation = ? WHERE id = ?",
-                    (self._incarnation, row[0]),
+                    "UPDATE jobs SET fence = fence + 1, incarnation = ?, lease_ends = ?"
+                    " WHERE id = ?",
+                    (self._incarnation, now + _LEASE_S, row[0]),
                 )
                 leased.append(_job(_select(con, row[0])))
             return leased
@@ -444,34 +466,53 @@ class SqliteState:
         return _job(row) if row else None
 
     async def find(self, filter: Filter, after: int | None, limit: int) -> Page[Job]:
-        """See the contract.
-
-        Each (kind, state) pair is a seek of its own in an index, so that a page costs the same
-        however many jobs do not match.
-        """
-        seeks = [
-            _seek(filter, kind, state) for kind in _each(filter.kinds) for state in _states(filter)
-        ]
-        key = after if after is not None else 1 << 62
-        parts = []
-        arguments: list[Any] = []
-        for where, values in seeks:
-            source = "jobs INDEXED BY jobs_live" if filter.live else "jobs"
-            parts.append(
-                f"SELECT * FROM (SELECT {_COLUMNS} FROM {source} WHERE {where} AND h < ?"
-                " ORDER BY h DESC LIMIT ?)"
+        """See the contract. First the numbers, from indexes alone, then the rows of one page."""
+        key = after if after is not None else _ABOVE
+        found: list[int] = []
+        for source, where, values in self._seeks(filter):
+            rows = self._con.execute(
+                f"SELECT h FROM {source} WHERE {where} AND h < ? ORDER BY h DESC LIMIT ?",
+                (*values, key, limit + 1),
             )
-            arguments += [*values, key, limit + 1]
-        sql = " UNION ALL ".join(parts) + " ORDER BY h DESC LIMIT ?"
-        rows = self._con.execute(sql, (*arguments, limit + 1)).fetchall()
-        jobs = [_job(row) for row in rows[:limit]]
-        return Page(jobs, jobs[-1].h if len(rows) > limit else None)
+            found += [row[0] for row in rows]
+        found.sort(reverse=True)
+        page = self._con.execute(
+            f"SELECT {_COLUMNS} FROM jobs WHERE h IN (SELECT value FROM json_each(?))"
+            " ORDER BY h DESC",
+            (_encode(found[:limit]).decode(),),
+        )
+        jobs = [_job(row) for row in page]
+        return Page(jobs, jobs[-1].h if len(found) > limit else None)
+
+    def _seeks(self, filter: Filter) -> Iterator[tuple[str, str, list[Any]]]:
+        """The walks down an index (source, where, values) that together find what matches.
+
+        Each cell of ``counts`` that matches is a seek of its own, so that a page costs the same
+        however many jobs do not match. The index is named: there are no statistics, and without
+        them SQLite may choose to sort all rows of a state.
+        """
+        walk = filter.name is None and filter.client is None
+        if filter.live or (walk and not filter.kinds and not filter.states):
+            index = "jobs_live" if filter.live else "jobs_owner"
+            source = "jobs"
+            if filter.live or filter.owner is not None:
+                source += f" INDEXED BY {index}"
+            yield source, *_where(filter, filter.owner, filter.kinds, filter.states)
+            return
+        index = "jobs_kind" if walk else "jobs_client" if filter.name is None else "jobs_name"
+        owned, values = _owned(filter.owner)
+        cells = self._con.execute(
+            f"SELECT owner, kind, state FROM counts WHERE {owned} AND n > 0", values
+        ).fetchall()
+        for owner, kind, state in cells:
+            if kind in (filter.kinds or (kind,)) and state in (filter.states or (state,)):
+                yield f"jobs INDEXED BY {index}", *_where(filter, owner, (kind,), (state,))
 
     async def counts(self, owner: str | None) -> dict[str, int]:
         """See the contract. Kept by triggers, so it costs nothing to ask."""
+        owned, values = _owned(owner)
         rows = self._con.execute(
-            "SELECT state, sum(n) FROM counts WHERE (? IS NULL OR owner = ?) GROUP BY state",
-            (owner, owner),
+            f"SELECT state, sum(n) FROM counts WHERE {owned} GROUP BY state", values
         )
         return {state: n for state, n in rows if n}
 
@@ -598,8 +639,11 @@ class SqliteState:
         if self._seq > seq:
             return self._seq
         waiter: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._waiters.append(waiter)
-        return await waiter
+        self._waiters.add(waiter)
+        try:
+            return await waiter
+        finally:  # one that gave up must not stay here until the next event
+            self._waiters.discard(waiter)
 
     async def progress_out(self, rows: Sequence[tuple[Any, ...]]) -> None:
         """See the contract. Here every node is this process."""
@@ -646,7 +690,7 @@ class SqliteState:
         )
         rows = self._con.execute(
             f"SELECT doc, h, version FROM files WHERE {where} AND h < ? ORDER BY h DESC LIMIT ?",
-            (*values, after if after is not None else 1 << 62, limit + 1),
+            (*values, after if after is not None else _ABOVE, limit + 1),
         ).fetchall()
         files = [_file(row) for row in rows[:limit]]
         return Page(files, files[-1].h if len(rows) > limit else None)
@@ -658,16 +702,17 @@ class SqliteState:
     async def expired_files(self, now: int, limit: int) -> list[File]:
         """See the contract."""
         rows = self._con.execute(
-            "SELECT doc, h, version FROM files WHERE expires_at < ? LIMIT ?", (now, limit)
+            "SELECT doc, h, version FROM files WHERE expires_at < ? ORDER BY expires_at LIMIT ?",
+            (now, limit),
         )
         return [_file(row) for row in rows]
 
     async def stored(self, owner: str | None) -> tuple[int, int]:
         """See the contract. Kept by triggers."""
+        owned, values = _owned(owner)
         return self._con.execute(  # type: ignore[no-any-return]
-            "SELECT coalesce(sum(files), 0), coalesce(sum(bytes), 0) FROM stored"
-            " WHERE (? IS NULL OR owner = ?)",
-            (owner, owner),
+            f"SELECT coalesce(sum(files), 0), coalesce(sum(bytes), 0) FROM stored WHERE {owned}",
+            values,
         ).fetchone()
 
 
@@ -705,11 +750,12 @@ def _doc(job: Job) -> bytes:
 
 
 def _job(row: Sequence[Any]) -> Job:
-    h, fence, doc, progress, cursor, undo, stored, durable, saved_at = row
+    h, fence, incarnation, doc, progress, cursor, undo, stored, durable, saved_at = row
     return msgspec.structs.replace(
         _job_decoder.decode(doc),
         h=h,
         fence=fence,
+        incarnation=incarnation,
         progress=_progress_decoder.decode(progress) if progress else Progress(),
         cursor=msgspec.json.decode(cursor) if cursor else None,
         undo=_undo_decoder.decode(undo) if undo else (),
@@ -723,32 +769,26 @@ def _select(con: sqlite3.Connection, job_id: str) -> Sequence[Any]:
     return con.execute(f"SELECT {_COLUMNS} FROM jobs WHERE id = ?", (job_id,)).fetchone()  # type: ignore[no-any-return]
 
 
-def _each(values: tuple[str, ...]) -> Sequence[str | None]:
-    return values or (None,)
+def _owned(owner: str | None) -> tuple[str, list[Any]]:
+    """WHERE for what an owner may see."""
+    return ("1", []) if owner is None else ("owner = ?", [owner])
 
 
-def _states(filter: Filter) -> Sequence[str | None]:
-    return _each(filter.states)
-
-
-def _seek(filter: Filter, kind: str | None, state: str | None) -> tuple[str, list[Any]]:
-    """WHERE for one (kind, state) pair."""
-    clauses: list[str] = []
-    values: list[Any] = []
-    wanted = {
-        "owner": filter.owner,
-        "kind": kind,
-        "state": state,
-        "name": filter.name,
-        "client": filter.client,
-    }
-    for column, value in wanted.items():
-        if value is not None:
-            clauses.append(f"{column} = ?")
-            values.append(value)
-    if filter.live:
-        clauses.append("live = 1")
-    return " AND ".join(clauses) or "1", values
+def _where(
+    filter: Filter, owner: str | None, kinds: Sequence[str], states: Sequence[str]
+) -> tuple[str, list[Any]]:
+    """WHERE for one seek."""
+    where, values = _owned(owner)
+    for column, wanted in (
+        ("kind", kinds),
+        ("state", states),
+        ("name", [] if filter.name is None else [filter.name]),
+        ("client", [] if filter.client is None else [filter.client]),
+    ):
+        if wanted:
+            where += f" AND {column} IN ({','.join('?' * len(wanted))})"
+            values += wanted
+    return where + (" AND live = 1" if filter.live else ""), values
 
 
 def _event(row: Sequence[Any]) -> Event:

@@ -253,6 +253,15 @@ class Registry:
         """A kind, or None if this server doesn't run it."""
         return self._kinds.get(name)
 
+    def lists(self, name: str) -> set[str]:
+        """The parameters of a kind that are lists; a query writes them with commas."""
+        kind = self._kinds.get(name)
+        if kind is None:
+            return set()
+        info = msgspec.inspect.type_info(kind.params)
+        assert isinstance(info, msgspec.inspect.StructType)
+        return {f.name for f in info.fields if isinstance(_bare(f.type), msgspec.inspect.ListType)}
+
     def describe(self) -> list[dict[str, Any]]:
         """All kinds as ``GET /v1/kinds`` shows them."""
         return [self._kinds[name].describe() for name in self.names()]
@@ -276,6 +285,11 @@ class Registry:
         except msgspec.ValidationError as error:
             raise invalid(error, "params") from error
         return msgspec.to_builtins(value)  # type: ignore[no-any-return]
+
+
+def _bare(kind: msgspec.inspect.Type) -> msgspec.inspect.Type:
+    """A type without its description."""
+    return kind.type if isinstance(kind, msgspec.inspect.Metadata) else kind
 
 
 _AT = re.compile(r" - at `\$\.?([^`]*)`$")

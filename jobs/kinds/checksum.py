@@ -32,7 +32,7 @@ class Params(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     file: Annotated[str, msgspec.Meta(min_length=1, description="a file's id, or its name")]
     algorithms: Annotated[
         list[Algorithm], msgspec.Meta(min_length=1, max_length=6, description="one pass for all")
-    ] = ["sha256"]
+    ] = msgspec.field(default_factory=lambda: ["sha256"])
     expect: Annotated[
         dict[Algorithm, str], msgspec.Meta(description="digests in hex that the file must have")
     ] = {}

@@ -1,0 +1,106 @@
+"""HTTP and WebSocket in, one call of the domain, answer out. Every address is on this page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tornado.web import RequestHandler
+
+from handlers import files, jobs, live, simple, status
+
+_STATIC = str(Path(__file__).parent.parent / "static")
+_NAME = r"([A-Za-z0-9._~-]{1,128})"
+_ID = r"([A-Za-z0-9-]{1,64})"
+
+
+class Route(NamedTuple):
+    """An address, who answers there, and what each method does."""
+
+    pattern: str
+    handler: type[RequestHandler]
+    methods: dict[str, str]
+    options: dict[str, Any] | None = None
+
+
+ROUTES: list[Route] = [
+    # The simple API
+    Route(
+        r"/upload/?",
+        simple.UploadHandler,
+        {
+            "GET": "Where to go on with an upload by blocks",
+            "POST": "Upload a form, or the next block of a file",
+        },
+    ),
+    Route(
+        r"/upload/terminate/?",
+        simple.UploadTerminateHandler,
+        {"DELETE": "End this caller's running uploads"},
+    ),
+    Route(
+        r"/upload/cancel/?",
+        simple.UploadCancelHandler,
+        {"POST": "Give an upload by blocks up and remove its bytes"},
+    ),
+    Route(r"/export/?", simple.ExportHandler, {"POST": "Get a stored file as an attachment"}),
+    Route(
+        r"/export/terminate/?",
+        simple.ExportTerminateHandler,
+        {"POST": "End this caller's running exports"},
+    ),
+    Route(r"/download/?", simple.DownloadHandler, {"GET": "A piece of a stored file as JSON"}),
+    Route(
+        rf"/{_NAME}/process/?",
+        simple.ProcessHandler,
+        {"GET": "Start a process, or see the live one", "POST": "The same"},
+    ),
+    Route(
+        rf"/{_NAME}/process/(pause|resume|cancel)/?",
+        simple.ProcessCommandHandler,
+        {"POST": "Pause, resume or cancel a process"},
+    ),
+    # Jobs
+    Route(r"/v1/jobs", jobs.JobsHandler, {"GET": "List jobs", "POST": "Start a process"}),
+    Route(
+        rf"/v1/jobs/{_ID}",
+        jobs.JobHandler,
+        {"GET": "One job", "DELETE": "Forget a job that has ended"},
+    ),
+    Route(
+        rf"/v1/jobs/{_ID}/(pause|resume|cancel|retry)",
+        jobs.CommandHandler,
+        {"POST": "Pause, resume, cancel or retry a job"},
+    ),
+    Route(rf"/v1/jobs/{_ID}/events", jobs.EventsHandler, {"GET": "The history of a job"}),
+    Route(rf"/v1/jobs/{_ID}/log", jobs.LogHandler, {"GET": "The log lines of a job"}),
+    Route(r"/v1/kinds", jobs.KindsHandler, {"GET": "What can be started"}),
+    # Files
+    Route(r"/v1/files", files.FilesHandler, {"GET": "List stored files"}),
+    Route(
+        rf"/v1/files/{_ID}",
+        files.FileHandler,
+        {"GET": "What is known of a file", "DELETE": "Remove a file"},
+    ),
+    Route(
+        rf"/v1/files/{_ID}/content",
+        files.ContentHandler,
+        {"GET": "The bytes of a file, or a range of them", "HEAD": "Their headers"},
+    ),
+    # The channel and the service itself
+    Route(r"/v1/ws", live.LiveHandler, {"GET": "The live channel (WebSocket)"}),
+    Route(r"/v1/status", status.StatusHandler, {"GET": "The numbers of now"}),
+    Route(r"/healthz", status.HealthHandler, {"GET": "The loop lives"}),
+    Route(r"/readyz", status.ReadyHandler, {"GET": "Recovery is done"}),
+    Route(r"/errors/([a-z-]{1,64})", status.ErrorPageHandler, {"GET": "What an error means"}),
+    # The dashboard
+    Route(
+        r"/static/(.*)", status.PageHandler, {"GET": "Files of the dashboard"}, {"path": _STATIC}
+    ),
+    Route(
+        r"/()",
+        status.PageHandler,
+        {"GET": "The dashboard"},
+        {"path": _STATIC, "default_filename": "index.html"},
+    ),
+]

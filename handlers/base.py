@@ -1,0 +1,377 @@
+"""What all handlers share: who asks, JSON in and out, errors as problem+json, bodies.
+
+Every request goes the same way: ``prepare`` checks where it comes from, ``admit`` (a handler's own)
+refuses what can be refused before the body, then the verb runs. Handlers with ``STREAMS`` pull a
+POST, PUT or PATCH body from ``self.body`` inside the verb; the others get a small one whole, by
+``self.json``. An error raised anywhere becomes one answer, also in the middle of a body.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from urllib.parse import parse_qsl
+
+import msgspec
+from tornado.http1connection import HTTP1Connection
+from tornado.iostream import StreamClosedError
+from tornado.web import HTTPError, RequestHandler, stream_request_body
+
+from errors import SluiceError
+from handlers.auth import Caller, Hosts, check_site, identify
+from handlers.now import Now
+from handlers.wire import Body, block_body, read_body_by
+from jobs.downloads import Downloads
+from jobs.events import Hub
+from jobs.files import Files, uuid7
+from jobs.kinds import invalid
+from jobs.manager import Manager
+from jobs.uploads import ClientGone, Uploads
+
+log = logging.getLogger("sluice.http")
+
+T = TypeVar("T")
+
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,64}")
+_SAFE = ("GET", "HEAD", "OPTIONS")
+_DISCARD_BYTES = 64 << 10  # a refused body so short is read, and the connection is kept
+
+SECURITY_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The numbers and names of the configuration that handlers need."""
+
+    max_json_bytes: int
+    chunk_bytes: int
+    write_idle_s: float
+    terminate_recent_s: float
+    default_kind: str
+    default_params: dict[str, Any]
+    max_sockets: int
+    slots: int
+
+
+@dataclass
+class Life:
+    """Where the service is in its life."""
+
+    ready: bool = False
+    stopping: bool = False
+
+
+@dataclass(frozen=True)
+class Services:
+    """The domain, as handlers find it."""
+
+    manager: Manager
+    uploads: Uploads
+    downloads: Downloads
+    files: Files
+    hub: Hub
+    now: Now
+    hosts: Hosts
+    life: Life
+    settings: Settings
+
+
+@stream_request_body
+class BaseHandler(RequestHandler):
+    """The root of all handlers."""
+
+    STREAMS = False  # the verb pulls the body
+    OPEN = False  # answers before recovery is done, to anyone
+    CHANGES = False  # GET changes state, too
+
+    caller: Caller
+    body: Body
+    request_id: str = ""
+
+    def initialize(self) -> None:
+        """Find the services."""
+        self.services: Services = self.application.settings["services"]
+        self._collected: list[bytes] = []
+        self._served = False
+        self._done = False
+        self._serving: asyncio.Task[None] | None = None
+        self._failure: BaseException | None = None
+
+    def set_default_headers(self) -> None:
+        """Tornado's hook; also called before an error is written."""
+        self.set_header("Server", "Sluice")
+        for name, value in SECURITY_HEADERS.items():
+            self.set_header(name, value)
+
+    # The way of a request
+
+    async def prepare(self) -> None:
+        """Check the request; a refusal is answered here, before any 100-continue."""
+        given = self.request.headers.get("X-Request-Id", "")
+        self.request_id = given if _REQUEST_ID.fullmatch(given) else uuid7()
+        self.set_header("X-Request-Id", self.request_id)
+        self.body = Body(self._connection, self._body_length())
+        try:
+            self._check()
+            self._connection.set_max_body_size(self._max_body_bytes())
+            if self.method_streams:
+                await self.admit()
+                self._hook()
+        except Exception as error:
+            if not self.body.unread:
+                raise
+            await self._refuse(error)
+
+    async def admit(self) -> None:
+        """Refuse a body before it is read, if the request already shows why."""
+
+    @property
+    def method_streams(self) -> bool:
+        """Whether the verb of this request pulls the body."""
+        return self.STREAMS and self.request.method not in _SAFE
+
+    def _check(self) -> None:
+        if self.OPEN:
+            return
+        self.services.hosts.check(self.request)
+        changes = self.CHANGES or self.request.method not in _SAFE
+        if changes:
+            check_site(self.request)
+        self.caller = identify(self.request)
+        life = self.services.life
+        if not life.ready:
+            raise SluiceError("starting", retry_after_s=1)
+        if life.stopping and changes:
+            raise SluiceError("stopping", retry_after_s=5)
+        length, limit = self.body.length, self.services.settings.max_json_bytes
+        if not self.method_streams and length is not None and length > limit:
+            raise SluiceError("body-too-long", f"The body has more than {limit:,} bytes.")
+
+    def _body_length(self) -> int | None:
+        """The announced length; Tornado itself refuses what is malformed, afterwards."""
+        if "Transfer-Encoding" in self.request.headers:
+            return None
+        length = self.request.headers.get("Content-Length", "0").split(",")[0].strip()
+        return int(length) if length.isascii() and length.isdigit() else 0
+
+    def _max_body_bytes(self) -> int:
+        if self.method_streams:
+            return 1 << 62
+        return max(self.services.settings.max_json_bytes, _DISCARD_BYTES)
+
+    @property
+    def _connection(self) -> HTTP1Connection:
+        connection = self.request.connection
+        assert isinstance(connection, HTTP1Connection)
+        return connection
+
+    # Bodies that the verb pulls
+
+    def _hook(self) -> None:
+        """Let the verb run while the body arrives; afterwards Tornado finds it done."""
+        if self.body.length == 0:
+            return
+        name = (self.request.method or "").lower()
+        self._verb: Callable[..., Awaitable[None]] = getattr(self, name)
+
+        async def read_fixed_body(length: int, delegate: Any) -> None:
+            self.body.length = self.body.left = length
+            await self._serve()
+
+        setattr(self, name, self._conclude)
+        if self.body.length is not None:
+            read_body_by(self._connection, read_fixed_body)
+
+    def data_received(self, chunk: bytes) -> Awaitable[None] | None:
+        """Tornado's hook: a chunked body, or a short one that is collected."""
+        if not self.method_streams:
+            self._collected.append(chunk)
+            return None
+        if self._serving is None:
+            self._serving = asyncio.get_running_loop().create_task(self._serve_fed())
+        return self.body.feed(chunk)
+
+    async def _serve(self) -> None:
+        """Run the verb on a body that is pulled from the stream."""
+        self._served = True
+        try:
+            await self._verb(*self.path_args, **self.path_kwargs)
+        except ClientGone:
+            raise StreamClosedError from None
+        except Exception as error:
+            if self.body.unread:
+                await self._refuse(error)
+                raise StreamClosedError from None  # else the rest were the next request
+            self._failure = error
+        self.body.gate = None
+        async for _ in self.body:  # what the verb did not care for
+            pass
+
+    async def _serve_fed(self) -> None:
+        """Run the verb on a body that Tornado reads."""
+        self._served = True
+        try:
+            await self._verb(*self.path_args, **self.path_kwargs)
+        except ClientGone:
+            return
+        except Exception as error:
+            if self.body.unread:
+                await self._refuse(error)
+            else:
+                self._failure = error
+        self.body.discard()
+
+    async def _conclude(self, *args: str, **kwargs: str) -> None:
+        """What Tornado calls as the verb once the body has been read."""
+        if self.body.unread:
+            self.body.feed_end()
+        if self._serving is not None:
+            await self._serving
+        elif not self._served:  # a chunked body without a chunk
+            await self._verb(*args, **kwargs)
+        if self._failure is not None:
+            raise self._failure
+
+    async def _refuse(self, error: Exception) -> None:
+        """Answer before the body was read, so that the client sees it; then close."""
+        block_body(self._connection, fed=self._serving is not None)
+        if isinstance(error, ClientGone) or self._connection.stream.closed():
+            return
+        self._log_failure(error)
+        body = self._problem(_refusal(error))
+        self.set_header("Connection", "close")
+        self.set_header("Content-Length", str(len(body)))
+        self.write(body)
+        try:
+            await self.flush()
+        except StreamClosedError:
+            return
+        await self.body.drain()
+        if not self._done:
+            self.finish()
+
+    def on_finish(self) -> None:
+        """Tornado's hook: the answer is complete."""
+        self._done = True
+
+    def on_connection_close(self) -> None:
+        """Tornado's hook: the client has gone."""
+        body = getattr(self, "body", None)
+        if body is not None:
+            body.closed()
+        super().on_connection_close()
+
+    # In and out
+
+    def query(self, *known: str, drop_slash: bool = False) -> dict[str, str]:
+        """The query's parameters. With ``known``, others are refused; so is one given twice.
+
+        ``drop_slash`` drops one slash at the end of the query.
+        """
+        text = self.request.query
+        if drop_slash and text.endswith("/"):
+            text = text[:-1]
+        try:
+            pairs = parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=100)
+        except ValueError as error:
+            raise SluiceError("bad-request", "The query is no valid UTF-8 or too long.") from error
+        values: dict[str, str] = {}
+        for name, value in pairs:
+            if name in values:
+                raise SluiceError("invalid-field", f"{name} is given twice.", field=name)
+            if known and name not in known:
+                raise SluiceError("invalid-field", f"{name[:80]} is not known here.", field=name)
+            values[name] = value
+        return values
+
+    def json(self, type: type[T]) -> T:
+        """The body as a typed value. Raises invalid-json, invalid-field (with its name)."""
+        try:
+            return msgspec.json.decode(b"".join(self._collected), type=type)
+        except msgspec.ValidationError as error:
+            raise invalid(error) from error
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise SluiceError("invalid-json", f"The body is no JSON: {error}.") from error
+
+    @property
+    def has_body(self) -> bool:
+        """Whether the request brought a body."""
+        return bool(self._collected) or self.body.length != 0
+
+    def reply(self, value: Any, status: int = 200) -> None:
+        """Answer with JSON."""
+        self.set_status(status)
+        self.set_header("Content-Type", "application/json")
+        self.write(msgspec.json.encode(value) + b"\n")
+
+    # Errors
+
+    def write_error(self, status_code: int, **kwargs: Any) -> None:
+        """Tornado's hook: every error is problem+json."""
+        info = kwargs.get("exc_info")
+        error = info[1] if info else None
+        refusal = _refusal(error) if isinstance(error, Exception) else None
+        self.finish(self._problem(refusal or SluiceError("internal", status=status_code)))
+
+    def _problem(self, error: SluiceError) -> bytes:
+        """Forget what was to be answered; status, headers and body of the problem instead."""
+        self.clear()
+        self.request_id = self.request_id or uuid7()
+        self.set_header("X-Request-Id", self.request_id)
+        self.set_status(error.status)
+        self.set_header("Content-Type", "application/problem+json")
+        self.set_header("Cache-Control", "no-store")
+        if error.retry_after_s is not None:
+            self.set_header("Retry-After", str(max(1, round(error.retry_after_s))))
+        if error.code == "method-not-allowed":
+            self.set_header("Allow", ", ".join(self.allowed()))
+        return msgspec.json.encode(error.problem(self.request_id)) + b"\n"
+
+    def allowed(self) -> list[str]:
+        """The methods that this handler has."""
+        names = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
+        return [
+            name
+            for name in names
+            if getattr(type(self), name.lower()) is not getattr(RequestHandler, name.lower())
+        ]
+
+    def log_exception(self, typ: Any, value: BaseException | None, tb: Any) -> None:
+        """Tornado's hook: only what is our fault is logged with its trace."""
+        if isinstance(value, Exception):
+            self._log_failure(value)
+
+    def _log_failure(self, error: Exception) -> None:
+        refusal = _refusal(error)
+        if refusal.code == "internal":
+            log.error("request %s failed", self.request_id, exc_info=error)
+        else:
+            log.debug("request %s: %s", self.request_id, refusal)
+
+
+def _refusal(error: Exception) -> SluiceError:
+    """Any error as a row of the catalogue."""
+    if isinstance(error, SluiceError):
+        return error
+    if isinstance(error, HTTPError):
+        codes = {404: "not-found", 405: "method-not-allowed", 400: "bad-request"}
+        return SluiceError(codes.get(error.status_code, "internal"))
+    return SluiceError("internal")
+
+
+class NotFoundHandler(BaseHandler):
+    """Answers what no route matches."""
+
+    async def prepare(self) -> None:
+        """Refuse."""
+        await super().prepare()
+        if not self._done:
+            raise SluiceError("not-found", f"Nothing is at {self.request.path[:200]}.")

@@ -1,0 +1,209 @@
+"""``/v1/jobs`` and ``/v1/kinds``: start, list, look, command, retry, delete, history, log."""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime
+from typing import Annotated, Any
+from urllib.parse import parse_qsl
+
+import msgspec
+
+from errors import SluiceError
+from handlers.base import BaseHandler
+from handlers.paging import paging
+from jobs import Filter, Job
+from jobs.rows import event_row, rfc3339
+from jobs.states import STATES
+
+_VERSION = re.compile(r'(?:W/)?"?(\d{1,18})"?')
+_FILTERS = ("state", "kind", "owner")
+
+
+class StartRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """The body of a start."""
+
+    kind: Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
+    params: dict[str, Any] = {}
+    name: Annotated[str, msgspec.Meta(min_length=1, max_length=200)] | None = None
+    priority: Annotated[int, msgspec.Meta(ge=0, le=9)] = 5
+    not_before: datetime | None = None
+
+
+class JobsHandler(BaseHandler):
+    """All jobs of the owner."""
+
+    async def get(self) -> None:
+        """Newest first; filters may be repeated."""
+        filters, values = self._filters()
+        limit, after = paging(values)
+        manager = self.services.manager
+        owner = self.caller.owner
+        foreign = filters["owner"] and owner not in filters["owner"]
+        where = Filter(
+            owner="" if foreign else owner,
+            kinds=tuple(filters["kind"]),
+            states=tuple(filters["state"]),
+        )
+        page = await manager.find(where, after, limit)
+        hub = self.services.hub
+        self.set_header("Cache-Control", "no-store")
+        self.reply(
+            {
+                "items": [manager.row(job) for job in page.items],
+                "next": str(page.next) if page.next is not None else None,
+                "cursor": f"{hub.epoch}:{hub.seq}",
+                "counts": await manager.counts(owner),
+            }
+        )
+
+    def _filters(self) -> tuple[dict[str, list[str]], dict[str, str]]:
+        pairs = parse_qsl(self.request.query, keep_blank_values=True, max_num_fields=100)
+        filters: dict[str, list[str]] = {name: [] for name in _FILTERS}
+        values: dict[str, str] = {}
+        for name, value in pairs:
+            if name in filters:
+                filters[name].append(value)
+            elif name in ("limit", "after"):
+                values[name] = value
+            else:
+                raise SluiceError("invalid-field", f"{name[:80]} is not known here.", field=name)
+        for state in filters["state"]:
+            if state not in STATES:
+                raise SluiceError("invalid-field", f"{state[:40]!r} is no state.", field="state")
+        if max(len(found) for found in filters.values()) > 20:
+            raise SluiceError("invalid-field", "A filter is repeated too often.", field="kind")
+        return {name: list(dict.fromkeys(found)) for name, found in filters.items()}, values
+
+    async def post(self) -> None:
+        """Start a process."""
+        asked = self.json(StartRequest)
+        manager = self.services.manager
+        if asked.kind in ("upload", "download"):
+            raise SluiceError(
+                "kind-not-startable", f"{asked.kind} begins with its transfer.", field="kind"
+            )
+        not_before = None
+        if asked.not_before is not None:
+            if asked.not_before.tzinfo is None:
+                raise SluiceError(
+                    "invalid-field", "not_before needs a time zone.", field="not_before"
+                )
+            not_before = int(asked.not_before.timestamp() * 1000)
+        job, _ = await manager.start(
+            asked.kind,
+            manager.kinds.parse(asked.kind, asked.params),
+            owner=self.caller.owner,
+            client=self.caller.client,
+            by=self.caller.by("rest"),
+            name=asked.name,
+            priority=asked.priority,
+            not_before=not_before,
+        )
+        await reply_job(self, job, 201)
+
+
+class JobHandler(BaseHandler):
+    """One job."""
+
+    async def get(self, job_id: str) -> None:
+        """The job as it is now."""
+        job = await self.services.manager.get(job_id, self.caller.owner)
+        await reply_job(self, job, 200)
+
+    async def delete(self, job_id: str) -> None:
+        """Forget a job that has ended; its files stay."""
+        await self.services.manager.delete(
+            job_id,
+            owner=self.caller.owner,
+            by=self.caller.by("rest"),
+            if_version=if_match(self),
+        )
+        self.set_status(204)
+
+
+class CommandHandler(BaseHandler):
+    """Pause, resume, cancel, retry."""
+
+    async def post(self, job_id: str, verb: str) -> None:
+        """200 when it is done, 202 when it is under way; retry makes a new job (201)."""
+        manager, owner, by = self.services.manager, self.caller.owner, self.caller.by("rest")
+        values = self.query("force")
+        if verb == "retry":
+            await reply_job(self, await manager.retry(job_id, owner=owner, by=by), 201)
+            return
+        force = verb == "cancel" and values.get("force", "0") in ("1", "true")
+        job, status = await manager.command(
+            job_id, verb, owner=owner, by=by, if_version=if_match(self), force=force
+        )
+        await reply_job(self, job, status)
+
+
+class EventsHandler(BaseHandler):
+    """The history of one job."""
+
+    async def get(self, job_id: str) -> None:
+        """Its transitions, oldest first; ``after`` is a version."""
+        limit, after = paging(self.query("limit", "after"))
+        events = await self.services.manager.history(
+            job_id, self.caller.owner, after or 0, limit + 1
+        )
+        more = len(events) > limit
+        events = events[:limit]
+        self.set_header("Cache-Control", "no-store")
+        self.reply(
+            {
+                "items": [event_row(event) for event in events],
+                "next": str(events[-1].version) if more else None,
+            }
+        )
+
+
+class LogHandler(BaseHandler):
+    """The log lines of one job."""
+
+    async def get(self, job_id: str) -> None:
+        """The newest lines, or those ``after`` a number, oldest first."""
+        limit, after = paging(self.query("limit", "after"))
+        lines = await self.services.manager.lines(
+            job_id, self.caller.owner, -limit if after is None else after, limit
+        )
+        self.set_header("Cache-Control", "no-store")
+        self.reply(
+            {
+                "items": [{"n": n, "at": rfc3339(at), "line": line} for n, at, line in lines],
+                "next": str(lines[-1][0]) if len(lines) == limit else None,
+            }
+        )
+
+
+class KindsHandler(BaseHandler):
+    """What can be started."""
+
+    async def get(self) -> None:
+        """Each kind with the JSON Schema of its parameters."""
+        transfers = [
+            {"kind": "upload", "title": "A file on its way in", "startable": False},
+            {"kind": "download", "title": "A file on its way out", "startable": False},
+        ]
+        self.reply({"items": transfers + self.services.manager.kinds.describe(), "next": None})
+
+
+async def reply_job(handler: BaseHandler, job: Job, status: int) -> None:
+    """Answer with a job; its version is the ETag."""
+    handler.set_header("ETag", f'"{job.version}"')
+    handler.set_header("Cache-Control", "no-store")
+    if status == 201:
+        handler.set_header("Location", f"/v1/jobs/{job.id}")
+    handler.reply(await handler.services.manager.full_row(job), status)
+
+
+def if_match(handler: BaseHandler) -> int | None:
+    """The version that If-Match names."""
+    header = handler.request.headers.get("If-Match")
+    if header is None or header.strip() == "*":
+        return None
+    match = _VERSION.fullmatch(header.strip())
+    if match is None:
+        raise SluiceError("invalid-field", "If-Match must be one version.", field="If-Match")
+    return int(match[1])

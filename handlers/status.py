@@ -1,0 +1,83 @@
+"""Health, readiness, the numbers of now, the catalogue of errors, and the dashboard's page."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tornado.web import StaticFileHandler
+
+from errors import CATALOGUE, SluiceError
+from handlers.base import SECURITY_HEADERS, BaseHandler, Services
+
+_PAGE_POLICY = (
+    "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'self';"
+    " frame-ancestors 'none'"
+)
+
+
+class HealthHandler(BaseHandler):
+    """Whether the loop lives."""
+
+    OPEN = True
+
+    async def get(self) -> None:
+        """200 as soon as requests are served."""
+        self.reply({"status": "ok"})
+
+
+class ReadyHandler(BaseHandler):
+    """Whether work is taken."""
+
+    OPEN = True
+
+    async def get(self) -> None:
+        """200 once recovery is done, 503 before and while stopping."""
+        life = self.services.life
+        if life.stopping or not life.ready:
+            raise SluiceError("stopping" if life.stopping else "starting", retry_after_s=1)
+        self.reply({"status": "ready"})
+
+
+class StatusHandler(BaseHandler):
+    """The numbers of now."""
+
+    async def get(self) -> None:
+        """What moves, what waits, what is free."""
+        self.set_header("Cache-Control", "no-store")
+        self.reply(await self.services.now.row(self.services, self.caller.owner))
+
+
+class ErrorPageHandler(BaseHandler):
+    """What an error's ``type`` points to."""
+
+    async def get(self, code: str) -> None:
+        """The row of the catalogue."""
+        entry = CATALOGUE.get(code)
+        if entry is None:
+            raise SluiceError("not-found", "No error has that code.")
+        self.reply({"code": code, **entry._asdict()})
+
+
+class PageHandler(StaticFileHandler):
+    """The dashboard's files, under a strict policy: nothing from another host, nothing inline."""
+
+    async def prepare(self) -> None:
+        """Refuse a foreign host name."""
+        services: Services = self.application.settings["services"]
+        try:
+            services.hosts.check(self.request)
+        except SluiceError as error:
+            self.set_status(error.status)
+            self.finish(error.detail + "\n")
+
+    def set_extra_headers(self, path: str) -> None:
+        """Tornado's hook."""
+        for name, value in SECURITY_HEADERS.items():
+            self.set_header(name, value)
+        self.set_header("Content-Security-Policy", _PAGE_POLICY)
+        self.set_header("Cache-Control", "no-cache")  # revalidated, so a new version shows at once
+
+    def write_error(self, status_code: int, **kwargs: Any) -> None:
+        """Tornado's hook."""
+        self.set_header("Content-Type", "text/plain")
+        self.finish(f"{status_code}\n")

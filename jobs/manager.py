@@ -1,0 +1,726 @@
+"""The door to all jobs: start, command, look, and what drivers report.
+
+Strategy. Every change goes through ``_step``: read the row, let ``states.decide`` say what it
+becomes, commit it with its event by compare-and-swap, and only then run the effects. A stale row
+is read and decided again, so each race is settled by which commit came first. The manager knows
+no kind of work: *drivers* (processes, uploads, downloads) move the jobs and report back.
+
+Everything runs on one loop; a live task belongs to its driver, never to a request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine, Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import msgspec
+
+from errors import SluiceError
+from jobs import states
+from jobs.files import now_ms, uuid7
+from jobs.kinds import Registry
+from jobs.rows import job_row
+from jobs.states import Effect, Facts, Input
+from storage import (
+    Boot,
+    By,
+    Event,
+    Fenced,
+    File,
+    Filter,
+    Job,
+    Page,
+    Progress,
+    Rollback,
+    Stale,
+    State,
+    Transfer,
+)
+
+log = logging.getLogger("sluice.jobs")
+
+_TICK_S = 0.1  # how often progress is told
+_TICKS_A_SAVE = 10  # and how much rarer it is saved
+_RETENTION_S = 60.0
+_BATCH = 100  # transitions committed together at start-up
+
+
+class Mark(NamedTuple):
+    """The latest progress of a live job, as it travels to subscribers; may be lost."""
+
+    job: str
+    h: int
+    version: int
+    owner: str
+    kind: str
+    state: str
+    name: str
+    progress: Progress
+
+
+class Glance(NamedTuple):
+    """What a driver knows of a live job beyond its row."""
+
+    progress: Progress | None
+    transfer: dict[str, Any] | None
+
+
+class Driver(Protocol):
+    """What moves the jobs of some kinds."""
+
+    def start(self, job: Job) -> None:
+        """Run a job that was given a slot, from its cursor."""
+        ...
+
+    def signal(self, job: Job) -> bool:
+        """``job.want`` has changed. True: a live task will report what comes of it."""
+        ...
+
+    def force(self, job: Job) -> None:
+        """The grace is over: stop the live task now."""
+        ...
+
+    async def rollback(self, job: Job) -> Rollback | None:
+        """Undo what the job has done, after its live task has ended."""
+        ...
+
+    async def discard(self, job: Job) -> None:
+        """Remove the unfinished bytes of a job that has ended."""
+        ...
+
+    async def recover(self, job: Job, same_boot: bool) -> list[str]:
+        """Put the bytes of a job of an earlier incarnation right; the blobs that it still needs."""
+        ...
+
+    def glance(self, job: Job, finished: bool = False) -> Glance:
+        """Live progress and transfer details, if the job is live here."""
+        ...
+
+    def changed(self) -> Iterable[tuple[str, Progress]]:
+        """Jobs whose progress has moved since the last call."""
+        ...
+
+    async def save(self) -> None:
+        """Store progress, cursors and offsets of live jobs; called once a second."""
+        ...
+
+    async def stop(self) -> None:
+        """Bring live jobs to a checkpoint and report SHUTDOWN for each."""
+        ...
+
+
+class Limits(NamedTuple):
+    """Numbers of the configuration that the manager keeps."""
+
+    slots: int = 8
+    warn_s: float = 10.0
+    grace_s: float = 30.0
+    max_queued: int = 10_000
+    keep_jobs_s: float = 30 * 86_400.0
+
+
+class Manager:
+    """All jobs of the service."""
+
+    def __init__(self, state: State, kinds: Registry, boot: Boot, limits: Limits) -> None:
+        self.kinds = kinds
+        self.limits = limits
+        self._state = state
+        self._boot = boot
+        self._drivers: dict[str, Driver] = {}
+        self._active: dict[str, Job] = {}  # running to cancelling, as last committed
+        self._slots: set[str] = set()
+        self._alarms: dict[str, asyncio.TimerHandle] = {}
+        self._rollbacks: dict[str, asyncio.Task[None]] = {}
+        self._waiters: dict[str, list[asyncio.Future[None]]] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._claiming = False
+        self._claim_again = False
+        self._due_timer: asyncio.TimerHandle | None = None
+        self._open = False
+
+    # For handlers
+
+    async def start(
+        self,
+        kind: str,
+        params: dict[str, Any],
+        *,
+        owner: str,
+        by: By,
+        client: str = "",
+        name: str | None = None,
+        priority: int = 5,
+        not_before: int | None = None,
+        live_name: bool = False,
+        retry_of: str | None = None,
+    ) -> tuple[Job, bool]:
+        """Create a job of a process kind with checked ``params``; it starts when a slot is free.
+
+        With ``live_name`` the name is unique among the owner's live jobs: a live one is returned
+        instead, with False. Raises unknown-kind, queue-full, stopping.
+        """
+        if kind in self._drivers:
+            raise SluiceError(
+                "kind-not-startable",
+                f"A job of kind {kind!r} begins with its transfer.",
+                field="kind",
+            )
+        if self.kinds.get(kind) is None:
+            self.kinds.parse(kind, params)
+        counts = await self._state.counts(None)
+        waiting = counts.get(states.QUEUED, 0) + counts.get(states.SCHEDULED, 0)
+        if waiting >= self.limits.max_queued:
+            raise SluiceError("queue-full", f"{waiting} jobs are waiting.", retry_after_s=5)
+        now = now_ms()
+        job_id = uuid7()
+        job = Job(
+            id=job_id,
+            kind=kind,
+            name=name or f"{kind} {job_id[-6:]}",
+            owner=owner,
+            client=client,
+            state=states.QUEUED,
+            priority=priority,
+            params=params,
+            created_at=now,
+            not_before=not_before,
+            retry_of=retry_of,
+            progress=Progress(unit=self.unit(kind)),
+        )
+        return await self._create(job, by, name if live_name else None)
+
+    async def begin(
+        self,
+        kind: str,
+        transfer: Transfer,
+        *,
+        owner: str,
+        client: str,
+        name: str,
+        by: By,
+        cursor: Any = None,
+        live_name: str | None = None,
+        total: int | None = None,
+    ) -> tuple[Job, bool]:
+        """Create a transfer; it runs at once. ``live_name`` as in ``start``."""
+        job = Job(
+            id=uuid7(),
+            kind=kind,
+            name=name,
+            owner=owner,
+            client=client,
+            state=states.RUNNING,
+            created_at=now_ms(),
+            transfer=transfer,
+            cursor=cursor,
+            progress=Progress(total=total, unit="bytes"),
+        )
+        return await self._create(job, by, live_name)
+
+    async def command(
+        self,
+        job_id: str,
+        verb: str,
+        *,
+        owner: str,
+        by: By,
+        if_version: int | None = None,
+        force: bool = False,
+    ) -> tuple[Job, int]:
+        """Pause, resume or cancel; the job after it, and 200 (done) or 202 (under way).
+
+        Raises job-unknown, version-mismatch, job-finished, job-cancelling.
+        """
+        facts = self._facts(by=by, force=force)
+        done = await self._step(
+            job_id, Input(verb), facts, owner=owner, if_version=if_version, command=True
+        )
+        assert done is not None
+        return done
+
+    async def retry(self, job_id: str, *, owner: str, by: By) -> Job:
+        """A new job like one that has ended, from the start. Raises job-live, unknown-kind."""
+        job = await self.get(job_id, owner)
+        if job.state not in states.FINAL:
+            raise SluiceError("job-live", f"The job is {job.state}.", job=job.id)
+        again, _ = await self.start(
+            job.kind,
+            job.params,
+            owner=owner,
+            by=by,
+            client=job.client,
+            name=job.name,
+            priority=job.priority,
+            retry_of=job.id,
+        )
+        return again
+
+    async def delete(
+        self, job_id: str, *, owner: str, by: By, if_version: int | None = None
+    ) -> None:
+        """Forget a job that has ended, with its history. Its files stay. Raises job-live."""
+        job = await self.get(job_id, owner)
+        _check_version(job, if_version)
+        if job.state not in states.FINAL:
+            raise SluiceError("job-live", f"The job is {job.state}.", job=job.id)
+        await self._delete(job, by.actor, "deleted")
+
+    async def get(self, job_id: str, owner: str) -> Job:
+        """A job. Raises job-unknown."""
+        job = await self._state.get(job_id, owner)
+        if job is None:
+            raise _unknown(job_id)
+        return job
+
+    async def find(self, filter: Filter, after: int | None, limit: int) -> Page[Job]:
+        """Jobs, newest first."""
+        return await self._state.find(filter, after, limit)
+
+    async def history(self, job_id: str, owner: str, after: int, limit: int) -> list[Event]:
+        """A job's events, oldest first. Raises job-unknown."""
+        await self.get(job_id, owner)
+        return await self._state.history(job_id, after, limit)
+
+    async def lines(
+        self, job_id: str, owner: str, after: int, limit: int
+    ) -> list[tuple[int, int, str]]:
+        """A job's log lines. Raises job-unknown."""
+        await self.get(job_id, owner)
+        return await self._state.lines(job_id, after, limit)
+
+    async def counts(self, owner: str | None) -> dict[str, int]:
+        """How many jobs are in each state."""
+        return await self._state.counts(owner)
+
+    def row(self, job: Job) -> dict[str, Any]:
+        """A job as clients see it, with its parameters."""
+        return self._row(job, self._driver(job).glance(job)) | {"params": job.params}
+
+    async def full_row(self, job: Job) -> dict[str, Any]:
+        """``row``, with the place in the queue of a job that waits."""
+        row = self.row(job)
+        if job.state == states.QUEUED:
+            row["waiting"]["position"] = await self._state.ahead(job) + 1
+        return row
+
+    def unit(self, kind: str) -> str:
+        """What ``done`` counts for a kind."""
+        known = self.kinds.get(kind)
+        return known.unit if known else "bytes"
+
+    @property
+    def running(self) -> int:
+        """Slots in use."""
+        return len(self._slots)
+
+    # For drivers
+
+    def use(self, driver: Driver, *kinds: str) -> None:
+        """Let ``driver`` move the jobs of these kinds; without kinds, all processes."""
+        for kind in kinds or ("",):
+            self._drivers[kind] = driver
+
+    async def report(
+        self,
+        job_id: str,
+        input: Input,
+        *,
+        fence: int | None = None,
+        error: SluiceError | None = None,
+        files: Sequence[File] = (),
+        **facts: Any,
+    ) -> Job | None:
+        """A driver tells what has happened; the job after it, or None if that came too late."""
+        problem = error.problem() if error is not None else None
+        try:
+            done = await self._step(
+                job_id, input, self._facts(error=problem, **facts), fence=fence, files=files
+            )
+        except Fenced:
+            log.warning("job %s: a report of %s came from an old lease", job_id, input.value)
+            return None
+        return done[0] if done else None
+
+    async def note(self, job_id: str, cause: str, **change: Any) -> None:
+        """Log an event that is no transition; ``change`` are fields of the row."""
+        while True:
+            job = await self._state.get(job_id)
+            if job is None or job.state in states.FINAL:
+                return
+            after = states.noted(job, **change)
+            try:
+                await self._commit(job, after, cause, "service")
+            except Stale:
+                continue
+            return
+
+    async def ended(self, job_id: str, wait_s: float) -> bool:
+        """Wait until the job is final, at most ``wait_s``; whether it is."""
+        if job_id not in self._active:
+            return True
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.setdefault(job_id, []).append(waiter)
+        try:
+            async with asyncio.timeout(wait_s):
+                await waiter
+        except TimeoutError:
+            return False
+        return True
+
+    async def settled(self, job_id: str) -> None:
+        """Return when no rollback of the job is under way."""
+        while task := self._rollbacks.get(job_id):
+            await asyncio.wait([task])
+
+    def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Run something in the background, for as long as the manager is open."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    # Life
+
+    async def recover(self) -> list[str]:
+        """Put right what an earlier incarnation left, then accept work; the blobs still needed.
+
+        running → queued, pausing → paused, cancelling → undone → cancelled; a transfer that lives
+        on its connection has failed. Each with its event.
+        """
+        keep: list[str] = []
+        after: int | None = None
+        self._open = True
+        while True:
+            page = await self._state.find(Filter(live=True), after, _BATCH)
+            found = [job for job in page.items if job.incarnation < self._boot.incarnation]
+            for blobs in await asyncio.gather(*(self._recover(job) for job in found)):
+                keep += blobs
+            if page.next is None:
+                break
+            after = page.next
+        self._tick_task = self.spawn(self._tick())
+        self.spawn(self._retain())
+        self._watch_due()
+        self._kick()
+        return keep
+
+    async def close(self, grace_s: float) -> None:
+        """Bring every live job to a checkpoint, at most ``grace_s`` long, and stop."""
+        self._open = False
+        drivers = set(self._drivers.values())
+        try:
+            async with asyncio.timeout(grace_s):
+                await asyncio.gather(*(driver.stop() for driver in drivers))
+        except TimeoutError:
+            log.warning("some jobs reached no checkpoint in %.0f s", grace_s)
+        for timer in (*self._alarms.values(), self._due_timer):
+            if timer is not None:
+                timer.cancel()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # One step of the machine
+
+    async def _step(
+        self,
+        job_id: str,
+        input: Input,
+        facts: Facts,
+        *,
+        owner: str | None = None,
+        if_version: int | None = None,
+        fence: int | None = None,
+        files: Sequence[File] = (),
+        command: bool = False,
+    ) -> tuple[Job, int] | None:
+        while True:
+            job = await self._state.get(job_id, owner)
+            if job is None:
+                if command:
+                    raise _unknown(job_id)
+                return None
+            _check_version(job, if_version)
+            if fence is not None and job.fence != fence:
+                raise Fenced(job_id)
+            decision = states.decide(job, input, facts)
+            if decision is None:
+                return None
+            if not decision.changed:
+                self._act(job, decision.effects)
+                return job, decision.status
+            after = decision.job
+            if input is Input.CRASH:  # what the crashed incarnation may still write is void
+                after = msgspec.structs.replace(after, fence=job.fence + 1)
+            actor = facts.by.actor if facts.by is not None else "service"
+            try:
+                after = await self._commit(job, after, decision.cause, actor, fence, files)
+            except Stale:
+                continue
+            self._act(after, decision.effects)
+            return after, decision.status
+
+    async def _commit(
+        self,
+        job: Job,
+        after: Job,
+        cause: str,
+        actor: str,
+        fence: int | None = None,
+        files: Sequence[File] = (),
+    ) -> Job:
+        glance = self._driver(after).glance(after, finished=after.state == states.SUCCEEDED)
+        if glance.progress is not None:
+            after = msgspec.structs.replace(after, progress=glance.progress)
+        event = Event(
+            job=after.id,
+            version=after.version,
+            kind=after.kind,
+            owner=after.owner,
+            at=now_ms(),
+            from_=job.state,
+            to=after.state,
+            cause=cause,
+            actor=actor,
+            row=msgspec.Raw(msgspec.json.encode(self._row(after, glance))),
+        )
+        await self._state.commit(after, event, was_version=job.version, fence=fence, files=files)
+        self._remember(after)
+        return after
+
+    async def _create(self, job: Job, by: By, live_name: str | None) -> tuple[Job, bool]:
+        if not self._open:
+            raise SluiceError("stopping", retry_after_s=5)
+        job = states.created(job, self._facts(by=by))
+        event = Event(
+            job=job.id,
+            version=job.version,
+            kind=job.kind,
+            owner=job.owner,
+            at=job.created_at,
+            from_=None,
+            to=job.state,
+            cause="created",
+            actor=by.actor,
+            row=msgspec.Raw(msgspec.json.encode(self._row(job, self._driver(job).glance(job)))),
+        )
+        made, created = await self._state.create(job, event, live_name=live_name)
+        if created:
+            self._remember(made)
+            if made.state == states.QUEUED:
+                self._kick()
+            elif made.state == states.SCHEDULED:
+                self._watch_due()
+        return made, created
+
+    async def _delete(self, job: Job, actor: str, cause: str) -> None:
+        gone = states.noted(job)
+        event = Event(
+            job=job.id,
+            version=gone.version,
+            kind=job.kind,
+            owner=job.owner,
+            at=now_ms(),
+            from_=job.state,
+            to=states.DELETED,
+            cause=cause,
+            actor=actor,
+            row=msgspec.Raw(msgspec.json.encode(self._row(gone, Glance(None, None)))),
+        )
+        await self._state.delete(job.id, event, was_version=job.version)
+
+    def _facts(self, **facts: Any) -> Facts:
+        return Facts(
+            now=now_ms(),
+            warn_ms=int(self.limits.warn_s * 1000),
+            grace_ms=int(self.limits.grace_s * 1000),
+            **facts,
+        )
+
+    def _row(self, job: Job, glance: Glance) -> dict[str, Any]:
+        transfer = glance.transfer
+        if transfer is None and job.transfer is not None:
+            transfer = {
+                "received_bytes": job.stored_bytes,
+                "stored_bytes": job.stored_bytes,
+                "durable_bytes": job.durable_bytes,
+                "connected": False,
+                "protocol": job.transfer.protocol,
+                "stalled_since": None,
+                "warm": False,
+            }
+        return job_row(job, glance.progress or job.progress, transfer)
+
+    def _driver(self, job: Job) -> Driver:
+        return self._drivers.get(job.kind) or self._drivers[""]
+
+    def _remember(self, job: Job) -> None:
+        if job.state in states.FINAL or job.state in (states.QUEUED, states.SCHEDULED):
+            self._active.pop(job.id, None)
+        else:
+            self._active[job.id] = job
+        if job.state in states.FINAL:
+            for waiter in self._waiters.pop(job.id, ()):
+                if not waiter.done():
+                    waiter.set_result(None)
+        if job.deadline_at is None and (alarm := self._alarms.pop(job.id, None)):
+            alarm.cancel()
+
+    # Effects
+
+    def _act(self, job: Job, effects: Iterable[Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case Effect.SIGNAL:
+                    self._signal(job)
+                case Effect.START:
+                    self._driver(job).start(job)
+                case Effect.RELEASE:
+                    self._slots.discard(job.id)
+                    self._kick()
+                case Effect.QUEUE:
+                    self._kick()
+                case Effect.ALARM:
+                    self._alarm(job)
+                case Effect.ROLLBACK:
+                    self._roll_back(job)
+                case Effect.DISCARD:
+                    self.spawn(self._driver(job).discard(job))
+                case Effect.FORCE:
+                    self._driver(job).force(job)
+
+    def _signal(self, job: Job) -> None:
+        live = self._driver(job).signal(job)
+        if not live and job.state in (states.PAUSING, states.CANCELLING):
+            self.spawn(self.report(job.id, Input.UNWOUND))
+
+    def _alarm(self, job: Job) -> None:
+        if job.deadline_at is None:
+            self._watch_due()
+            return
+        if earlier := self._alarms.get(job.id):
+            earlier.cancel()
+        delay_s = max(0.0, (job.deadline_at - now_ms()) / 1000) + 0.002
+
+        def ring() -> None:
+            del self._alarms[job.id]
+            log.warning("job %s is %s for too long (step %d)", job.id, job.state, job.deadline_step)
+            self.spawn(self.report(job.id, Input.DEADLINE))
+
+        self._alarms[job.id] = asyncio.get_running_loop().call_later(delay_s, ring)
+
+    def _roll_back(self, job: Job) -> None:
+        if job.id in self._rollbacks:
+            return
+        task = self.spawn(self._rollback(job))
+        self._rollbacks[job.id] = task
+        task.add_done_callback(lambda _: self._rollbacks.pop(job.id, None))
+
+    async def _rollback(self, job: Job) -> None:
+        rollback = await self._driver(job).rollback(job)
+        await self.report(job.id, Input.UNDONE, rollback=rollback)
+
+    # Slots
+
+    def _kick(self) -> None:
+        """Look for jobs that can start, now and not twice at once."""
+        if self._claiming:
+            self._claim_again = True
+        elif self._open and len(self._slots) < self.limits.slots:
+            self._claiming = True
+            self.spawn(self._claim())
+
+    async def _claim(self) -> None:
+        try:
+            while self._open and (free := self.limits.slots - len(self._slots)) > 0:
+                self._claim_again = False
+                leased = await self._state.claim(self.kinds.names(), free)
+                self._slots.update(job.id for job in leased)
+                await asyncio.gather(*(self._begin(job) for job in leased))
+                if not leased and not self._claim_again:
+                    return
+        finally:
+            self._claiming = False
+
+    async def _begin(self, job: Job) -> None:
+        """Commit the claim of a leased job; one that was taken back frees its slot."""
+        started = await self.report(job.id, Input.CLAIM, fence=job.fence)
+        if started is None:
+            self._slots.discard(job.id)
+
+    # Clocks
+
+    def _watch_due(self) -> None:
+        if self._due_timer is not None:
+            self._due_timer.cancel()
+        if self._open:
+            self.spawn(self._due())
+
+    async def _due(self) -> None:
+        """Queue the scheduled jobs whose time has come; look again when the next one's comes."""
+        jobs, following = await self._state.due(now_ms())
+        for job in jobs:
+            await self.report(job.id, Input.RETRY_AT if job.attempt > 1 else Input.DUE)
+        if following is not None:
+            delay_s = min(3600.0, max(0.01, (following - now_ms()) / 1000))
+            loop = asyncio.get_running_loop()
+            if self._due_timer is not None:
+                self._due_timer.cancel()
+            self._due_timer = loop.call_later(delay_s, self._watch_due)
+
+    async def _tick(self) -> None:
+        """Tell progress ten times a second, save it once."""
+        tick = 0
+        while True:
+            await asyncio.sleep(_TICK_S)
+            tick += 1
+            marks = [
+                Mark(job.id, job.h, job.version, job.owner, job.kind, job.state, job.name, progress)
+                for driver in set(self._drivers.values())
+                for job_id, progress in driver.changed()
+                if (job := self._active.get(job_id)) is not None
+            ]
+            if marks:
+                await self._state.progress_out(marks)
+            if tick % _TICKS_A_SAVE == 0:
+                await asyncio.gather(*(driver.save() for driver in set(self._drivers.values())))
+
+    async def _retain(self) -> None:
+        """Forget jobs that ended long ago."""
+        while True:
+            await asyncio.sleep(_RETENTION_S)
+            before = now_ms() - int(self.limits.keep_jobs_s * 1000)
+            for job in await self._state.ended_before(before, _BATCH):
+                try:
+                    await self._delete(job, "service", "expired")
+                except Stale:
+                    continue
+
+    async def _recover(self, job: Job) -> list[str]:
+        blobs = await self._driver(job).recover(job, self._boot.same_boot)
+        interrupted = SluiceError("interrupted", "The server stopped during the transfer.")
+        after = await self.report(job.id, Input.CRASH, error=interrupted)
+        if after is not None and after.state in states.FINAL:
+            return []
+        if self.kinds.get(job.kind) is None and job.transfer is None:
+            log.warning("job %s waits for a kind that is not here: %s", job.id, job.kind)
+        return blobs
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a background task failed", exc_info=error)
+
+
+def _unknown(job_id: str) -> SluiceError:
+    return SluiceError("job-unknown", f"There is no job with the id {job_id[:64]!r}.")
+
+
+def _check_version(job: Job, if_version: int | None) -> None:
+    if if_version is not None and job.version != if_version:
+        raise SluiceError(
+            "version-mismatch", f"The job is at version {job.version}.", version=job.version
+        )

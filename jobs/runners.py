@@ -1,0 +1,570 @@
+"""Where processes run: coroutines that share one CPU lane.
+
+Strategy. A process is a task of the loop that calls its kind's ``run``. ``checkpoint`` is the only
+place where it gives way. While nothing is wanted and less than 2 ms have passed since it last got
+the loop, it returns without suspending. Else the process waits in the *lane*: one queue for all
+processes, from which one is let on in each turn of the loop, so that all of them together take
+about 2 ms a turn however many there are.
+
+A pause is warm at first: the frame is kept, the slot is given back, and a resume goes on where it
+stood. After ``warm_s`` the frame is unwound by JobPaused, and a resume calls ``run`` again with the
+saved cursor, which is exactly what a restart after a crash does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from time import monotonic, perf_counter
+from typing import Any
+
+import msgspec
+
+from errors import SluiceError
+from jobs.files import Files, media_type_of, now_ms, uuid7
+from jobs.kinds import JobCancelled, JobPaused, Kind
+from jobs.manager import Glance, Manager
+from jobs.progress import Meter
+from jobs.states import Input
+from storage import (
+    Artifact,
+    Blobs,
+    Fenced,
+    File,
+    Job,
+    Progress,
+    Reader,
+    Result,
+    Rollback,
+    State,
+    Undo,
+    Writer,
+)
+from storage.tables import Tables
+
+log = logging.getLogger("sluice.runners")
+
+_SLICE_S = 0.002
+_SLOW_STEP_S = 0.02
+_CURSOR_BYTES = 64 << 10
+_LOG_BUFFER = 1000  # lines between two saves; more are counted and dropped
+_LINE_CHARS = 4096
+_UNDO_TRIES = 3
+_UNDO_S = 60.0
+_NOTE_S = 0.25
+_MAX_UNDO = 10_000
+
+
+class Lane:
+    """Lets one waiting process on in each turn of the loop, first come first served."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._turning = False
+
+    def turn(self) -> asyncio.Future[None]:
+        """A future that is done when it is the caller's turn; it may be set earlier by others."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
+        self._waiting.append(future)
+        if not self._turning:
+            self._turning = True
+            loop.call_soon(self._next)
+        return future
+
+    def _next(self) -> None:
+        while self._waiting:
+            future = self._waiting.popleft()
+            if not future.done():
+                future.set_result(None)
+                break
+        # The step that was just let on runs before this is called again.
+        if self._waiting:
+            asyncio.get_running_loop().call_soon(self._next)
+        else:
+            self._turning = False
+
+
+class _Files:
+    """The files of one owner, as a process sees them."""
+
+    def __init__(self, files: Files, owner: str) -> None:
+        self._files = files
+        self._owner = owner
+
+    async def find(self, name: str) -> File:
+        return await self._files.find(name, self._owner)
+
+    async def reader(self, file_id: str) -> Reader:
+        return await self._files.reader(await self._files.get(file_id, self._owner))
+
+
+class _Artifact:
+    """A file in the making; its length at the last checkpoint is what a resume cuts it to."""
+
+    def __init__(self, blob: str, name: str, media_type: str, writer: Writer, offset: int) -> None:
+        self.blob = blob
+        self.name = name
+        self.media_type = media_type
+        self.writer = writer
+        self.offset = offset
+
+    async def write(self, data: bytes | memoryview) -> int:
+        self.offset = await self.writer.write(memoryview(data))
+        return self.offset
+
+
+class _Tables:
+    """Rows of one process in tables.db."""
+
+    def __init__(self, process: Process, tables: Tables) -> None:
+        self._process = process
+        self._tables = tables
+
+    async def write(self, table: str, rows: Sequence[Mapping[str, object]], cursor: Any) -> None:
+        await self._tables.write(self._process.job_id, table, rows, cursor)
+        self._process.cursor_saved(cursor)
+
+
+class Process:
+    """One live process: the context that its coroutine sees, and its task."""
+
+    def __init__(self, runners: Runners, job: Job, kind: Kind) -> None:
+        self._runners = runners
+        self._kind = kind
+        self._job = job
+        self.job_id = job.id
+        self.owner = job.owner
+        self.attempt = job.attempt
+        self.files = _Files(runners.files, job.owner)
+        self.tables = _Tables(self, runners.tables)
+        self.meter = Meter(kind.unit, job.progress)
+        self.fence = job.fence
+        self.want = "run"
+        self.parked = False  # it has given its slot back; only a new claim lets it go on
+        saved = job.cursor or {}
+        self.cold = False  # its frame is being unwound
+        self._mark: dict[str, Any] = saved
+        self.cursor: Any = saved.get("cursor")
+        self._artifacts: dict[str, _Artifact] = {}
+        self._offsets: dict[str, int] = {}  # of the artefacts, at the last cursor
+        self._journal = list(job.undo)
+        self._lines: list[str] = []
+        self._dropped = 0
+        self._dirty = False
+        self._nap: asyncio.Future[None] | None = None
+        self._resumed = perf_counter()
+        self.task = asyncio.get_running_loop().create_task(self._run())
+
+    # The context (see kinds.Context)
+
+    async def checkpoint(
+        self,
+        cursor: Any = None,
+        *,
+        done: int | None = None,
+        total: int | None = None,
+        phase: str | None = None,
+        message: str | None = None,
+    ) -> None:
+        if cursor is not None:
+            self.cursor = cursor
+            self._dirty = True
+            if self._artifacts:
+                self._offsets = {name: a.offset for name, a in self._artifacts.items()}
+        self.meter.mark(done, total, phase, message)
+        if self.want == "run" and perf_counter() - self._resumed < _SLICE_S:
+            return
+        self._watch_step()
+        if self.want == "run":
+            await self._wait(self._runners.lane.turn())
+        await self._obey()
+        self._resumed = perf_counter()
+
+    async def sleep(self, seconds: float) -> None:
+        loop = asyncio.get_running_loop()
+        end = monotonic() + seconds
+        while True:
+            if self.want != "run":
+                await self._obey()
+            left_s = end - monotonic()
+            if left_s <= 0:
+                break
+            nap = loop.create_future()
+            timer = loop.call_later(left_s, _done, nap)
+            await self._wait(nap)
+            timer.cancel()
+        self._resumed = perf_counter()
+
+    async def undo(self, name: str, **args: Any) -> None:
+        if name not in self._kind.undo:
+            raise TypeError(f"{self._kind.name} has no undo named {name!r}")
+        if len(self._journal) >= _MAX_UNDO:
+            raise RuntimeError(f"more than {_MAX_UNDO} entries in the undo journal")
+        self._journal.append(Undo(name=name, args=args))
+        await self._runners.state.save(self.job_id, self.fence, undo=tuple(self._journal))
+        self._resumed = perf_counter()
+
+    def log(self, line: str) -> None:
+        if len(self._lines) < _LOG_BUFFER:
+            self._lines.append(line[:_LINE_CHARS])
+        else:
+            self._dropped += 1
+
+    async def artifact(self, name: str, media_type: str = "application/octet-stream") -> _Artifact:
+        if name in self._artifacts:
+            return self._artifacts[name]
+        known = self._mark.get("artifacts", {}).get(name)
+        blob, offset = (known["blob"], known["bytes"]) if known else (uuid7(), 0)
+        writer = await self._runners.blobs.writer(blob, self.fence, offset=offset)
+        made = _Artifact(blob, name, media_type or media_type_of(name), writer, offset)
+        self._artifacts[name] = made
+        self._offsets[name] = offset
+        await self._save_cursor()  # so that the blob is known before it has bytes
+        self._resumed = perf_counter()
+        return made
+
+    # For the driver
+
+    def wake(self, want: str) -> None:
+        """Tell what is wanted; a process that waits somewhere looks at it at once."""
+        self.want = want
+        if self._nap is not None:
+            _done(self._nap)
+
+    def resume(self, job: Job) -> None:
+        """Go on after a warm pause, with a new lease."""
+        self.fence = job.fence
+        self._job = job
+        self.parked = False
+        self.wake("run")
+
+    def cursor_saved(self, cursor: Any) -> None:
+        """The cursor has been committed elsewhere, with the rows it stands for."""
+        self.cursor = cursor
+        self._dirty = True
+
+    async def save(self) -> None:
+        """Store cursor, progress and log lines, if they have changed."""
+        if self._lines:
+            lines, self._lines = self._lines, []
+            if self._dropped:
+                lines.append(f"({self._dropped} lines were dropped: too many at once)")
+                self._dropped = 0
+            await self._runners.state.log(self.job_id, lines, now_ms())
+        if self._dirty and not self.parked:
+            await self._save_cursor()
+
+    # Inside
+
+    async def _wait(self, future: asyncio.Future[None]) -> None:
+        self._nap = future
+        try:
+            await future
+        finally:
+            self._nap = None
+
+    def _watch_step(self) -> None:
+        step_s = perf_counter() - self._resumed
+        if step_s > _SLOW_STEP_S:
+            log.warning(
+                "job %s (%s) held the loop for %.0f ms", self.job_id, self._kind.name, step_s * 1e3
+            )
+
+    async def _obey(self) -> None:
+        """Hold or stop, as wanted; returns when the process shall go on."""
+        while self.want != "run":
+            if self.want == "cancel":
+                raise JobCancelled
+            await self._save_cursor()
+            if self.want == "stop":
+                raise JobPaused
+            if self.want == "pause":
+                await self._park()
+
+    async def _park(self) -> None:
+        """Give the slot back and keep the frame, until a claim, a cancel, or the pause is cold."""
+        self.parked = True
+        self.meter.hold()
+        await self._runners.manager.report(self.job_id, Input.UNWOUND, fence=self.fence)
+        loop = asyncio.get_running_loop()
+        cold = monotonic() + self._runners.warm_s
+        while self.parked and self.want not in ("cancel", "stop"):
+            left_s = cold - monotonic()
+            if left_s <= 0:
+                break
+            nap = loop.create_future()
+            timer = loop.call_later(left_s, _done, nap)
+            await self._wait(nap)
+            timer.cancel()
+        if self.parked and self.want != "cancel":
+            self.cold = True
+            raise JobPaused
+
+    async def _save_cursor(self) -> None:
+        """Make the cursor durable, with the artefacts' lengths that belong to it."""
+        self._dirty = False
+        mark = {
+            "v": self._kind.cursor_version,
+            "cursor": self.cursor,
+            "artifacts": {
+                name: {
+                    "blob": artifact.blob,
+                    "bytes": self._offsets.get(name, 0),
+                    "media_type": artifact.media_type,
+                }
+                for name, artifact in self._artifacts.items()
+            },
+        }
+        if len(msgspec.json.encode(self.cursor)) > _CURSOR_BYTES:
+            raise SluiceError("kind-failed", "The cursor is longer than 64 KiB.")
+        for artifact in list(self._artifacts.values()):
+            await artifact.writer.sync()
+        await self._runners.state.save(
+            self.job_id, self.fence, cursor=mark, progress=self.meter.progress()
+        )
+        self._mark = mark
+
+    async def _run(self) -> None:
+        """The whole life of the process; reports its end."""
+        manager, fence = self._runners.manager, self.fence
+        try:
+            await self._prepare()
+            params = msgspec.convert(self._job.params, self._kind.params)
+            data = await self._kind.run(self, params)
+            await self._finish(data or {})
+        except JobPaused:
+            if self.want == "stop" and not self.parked:
+                await manager.report(self.job_id, Input.SHUTDOWN, fence=self.fence)
+        except (JobCancelled, asyncio.CancelledError):
+            await manager.report(self.job_id, Input.UNWOUND, fence=None)
+        except Fenced:
+            log.warning("job %s lost its lease (fence %d)", self.job_id, fence)
+        except SluiceError as error:
+            await self._fail(error)
+        except Exception as error:
+            log.error("job %s (%s) failed", self.job_id, self._kind.name, exc_info=error)
+            detail = f"The process raised {type(error).__name__}; its log has more."
+            self.log(f"{type(error).__name__}: {error}")
+            await self._fail(SluiceError("kind-failed", detail))
+        finally:
+            for artifact in self._artifacts.values():
+                await artifact.writer.close()
+            await self._flush_log()
+
+    async def _prepare(self) -> None:
+        """Check the cursor's version; where rows were written, their own cursor wins."""
+        if self._mark and self._mark.get("v") != self._kind.cursor_version:
+            raise SluiceError("cursor-incompatible")
+        if "tables" in self._kind.needs:
+            found, cursor = await self._runners.tables.cursor(self.job_id)
+            if found:
+                self.cursor = cursor
+        if not self._kind.resumable:
+            self.cursor = None
+            self._mark = {}
+
+    async def _finish(self, data: dict[str, Any]) -> None:
+        files, artifacts = [], []
+        for artifact in self._artifacts.values():
+            await artifact.writer.sync()
+            await artifact.writer.close()
+            size = await self._runners.blobs.publish(artifact.blob, artifact.name)
+            files.append(
+                File(
+                    id=artifact.blob,
+                    name=artifact.name,
+                    bytes=size,
+                    media_type=artifact.media_type,
+                    owner=self.owner,
+                    job=self.job_id,
+                    created_at=now_ms(),
+                )
+            )
+            artifacts.append(
+                Artifact(
+                    name=artifact.name,
+                    file=artifact.blob,
+                    bytes=size,
+                    media_type=artifact.media_type,
+                )
+            )
+        await self._flush_log()
+        await self._runners.manager.report(
+            self.job_id,
+            Input.FINISH,
+            fence=self.fence,
+            files=files,
+            result=Result(data=data),
+            artifacts=tuple(artifacts),
+        )
+
+    async def _fail(self, error: SluiceError) -> None:
+        await self._flush_log()
+        await self._runners.manager.report(self.job_id, Input.FAIL, fence=self.fence, error=error)
+
+    async def _flush_log(self) -> None:
+        lines, self._lines = self._lines, []
+        if lines:
+            await self._runners.state.log(self.job_id, lines, now_ms())
+
+
+class Runners:
+    """The driver of all processes."""
+
+    def __init__(
+        self,
+        manager: Manager,
+        state: State,
+        blobs: Blobs,
+        files: Files,
+        tables: Tables,
+        *,
+        warm_s: float,
+    ) -> None:
+        self.manager = manager
+        self.state = state
+        self.blobs = blobs
+        self.files = files
+        self.tables = tables
+        self.warm_s = warm_s
+        self.lane = Lane()
+        self._live: dict[str, Process] = {}
+        manager.use(self)
+
+    def start(self, job: Job) -> None:
+        """See Driver: go on after a warm pause, else begin at the cursor."""
+        process = self._live.get(job.id)
+        if process is None:
+            self._begin(job)
+        elif process.parked and not process.cold and not process.task.done():
+            process.resume(job)
+        else:  # a frame that is still unwinding
+            process.task.add_done_callback(lambda _: self._begin(job))
+
+    def _begin(self, job: Job) -> None:
+        kind = self.manager.kinds.get(job.kind)
+        assert kind is not None
+        process = Process(self, job, kind)
+        self._live[job.id] = process
+
+        def forget(task: asyncio.Task[None]) -> None:
+            if self._live.get(job.id) is process:
+                del self._live[job.id]
+            if not task.cancelled() and (error := task.exception()) is not None:
+                log.error("the runner of job %s failed", job.id, exc_info=error)
+
+        process.task.add_done_callback(forget)
+
+    def signal(self, job: Job) -> bool:
+        """See Driver."""
+        process = self._live.get(job.id)
+        if process is None or process.task.done():
+            return False
+        if process.parked and job.want == "pause":
+            return False
+        if not (process.parked and job.want == "run"):
+            process.wake(job.want)
+        return True
+
+    def force(self, job: Job) -> None:
+        """See Driver."""
+        process = self._live.get(job.id)
+        if process is not None:
+            process.task.cancel()
+
+    async def rollback(self, job: Job) -> Rollback | None:
+        """See Driver: run the undo journal from its end, one durable step after the other."""
+        process = self._live.get(job.id)
+        if process is not None:
+            process.wake("cancel")
+            await asyncio.wait([process.task])
+        now = await self.state.get(job.id)
+        if now is None:
+            return None
+        entries = list(now.undo)
+        before = now.rollback or Rollback(done=0, total=len(entries))
+        done, failed, noted = before.total - len(entries), before.failed, monotonic()
+        kind = self.manager.kinds.get(now.kind)
+        while entries:
+            failed += not await _undo(kind, entries.pop())
+            await self.state.save(now.id, now.fence, undo=tuple(entries))
+            done += 1
+            if monotonic() - noted > _NOTE_S:
+                noted = monotonic()
+                summary = Rollback(done=done, total=before.total, failed=failed)
+                await self.manager.note(now.id, "undone", rollback=summary)
+        await self.discard(now)
+        if before.total == 0:
+            return None
+        return Rollback(done=done, total=before.total, failed=failed)
+
+    async def discard(self, job: Job) -> None:
+        """See Driver: the unfinished artefacts."""
+        for blob in _blobs(job):
+            await self.blobs.discard(blob)
+
+    async def recover(self, job: Job, same_boot: bool) -> list[str]:
+        """See Driver: artefacts that were published without a row are unfinished again."""
+        for blob in _blobs(job):
+            await self.blobs.unpublish(blob)
+        return _blobs(job)
+
+    def glance(self, job: Job, finished: bool = False) -> Glance:
+        """See Driver."""
+        process = self._live.get(job.id)
+        if process is None:
+            return Glance(None, None)
+        meter = process.meter
+        return Glance(meter.finished() if finished else meter.progress(), None)
+
+    def changed(self) -> Iterable[tuple[str, Progress]]:
+        """See Driver."""
+        for job_id, process in self._live.items():
+            if process.meter.changed:
+                process.meter.changed = False
+                yield job_id, process.meter.progress()
+
+    async def save(self) -> None:
+        """See Driver."""
+        for process in list(self._live.values()):
+            try:
+                await process.save()
+            except (Fenced, SluiceError) as error:
+                log.warning("job %s: its cursor could not be saved: %s", process.job_id, error)
+
+    async def stop(self) -> None:
+        """See Driver."""
+        processes = [p for p in self._live.values() if not p.task.done()]
+        for process in processes:
+            process.wake("stop" if process.want != "cancel" else "cancel")
+        if processes:
+            await asyncio.wait([process.task for process in processes])
+
+
+def _done(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _blobs(job: Job) -> list[str]:
+    artifacts = (job.cursor or {}).get("artifacts", {})
+    return [artifact["blob"] for artifact in artifacts.values()]
+
+
+async def _undo(kind: Kind | None, entry: Undo) -> bool:
+    """Take one effect back; False if that failed for good."""
+    undo = kind.undo.get(entry.name) if kind is not None else None
+    if undo is None:
+        log.error("nothing undoes %r any more", entry.name)
+        return False
+    for tries in range(1, _UNDO_TRIES + 1):
+        try:
+            async with asyncio.timeout(_UNDO_S):
+                await undo(**entry.args)
+            return True
+        except Exception as error:
+            log.warning("undo %r failed (%d of %d): %s", entry.name, tries, _UNDO_TRIES, error)
+    return False

@@ -1,0 +1,339 @@
+"""Sluice: uploads, downloads and long processes that can be paused, resumed and cancelled.
+
+The entry: reads the configuration, puts the parts together, listens, and stops with grace. Nothing
+else reads the configuration or opens a backend; all other modules get plain values.
+
+    python server.py --port 8888 --data ./data
+    python server.py add FILE...
+
+One process, one thread, one loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import http.client
+import json
+import logging
+import os
+import resource
+import signal
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import quote, urlsplit
+
+from tornado.httpserver import HTTPServer
+from tornado.netutil import bind_sockets
+from tornado.web import Application
+
+from config import Config, ConfigError, load
+from errors import SluiceError
+from handlers import ROUTES
+from handlers.auth import Hosts
+from handlers.base import Life, NotFoundHandler, Services, Settings
+from handlers.live import say_bye
+from handlers.now import Now
+from jobs.add import add
+from jobs.downloads import Downloads
+from jobs.events import Hub
+from jobs.files import Files
+from jobs.kinds import Registry
+from jobs.manager import Limits, Manager
+from jobs.runners import Runners
+from jobs.uploads import Limits as UploadLimits
+from jobs.uploads import Uploads
+from storage import Blobs, State, open_blobs, open_state
+from storage.tables import Tables
+
+log = logging.getLogger("sluice")
+
+_HOUSEKEEPING_S = 60.0
+_CLOSING_S = 3.0  # of the grace at a stop, kept for what follows the checkpoints
+_OWNER = "local"
+
+
+class CannotStart(Exception):
+    """Said in one line to the person who starts the service."""
+
+
+@dataclass
+class Parts:
+    """The service, put together."""
+
+    state: State
+    blobs: Blobs
+    tables: Tables
+    services: Services
+
+
+def lock_folder(folder: Path) -> IO[str]:
+    """Own the data folder as long as the returned file is open. Raises CannotStart."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / "lock", "a+", encoding="utf-8")  # noqa: SIM115 - held until the end
+    except OSError as error:
+        raise CannotStart(f"the data folder {folder} can't be used: {error.strerror}") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        owner = file.read().strip() or "another process"
+        file.close()
+        raise CannotStart(f"the data folder {folder} is in use by {owner}") from None
+    return file
+
+
+def note_owner(lock: IO[str], url: str) -> None:
+    """Leave word of who owns the folder."""
+    lock.seek(0)
+    lock.truncate()
+    lock.write(f"process {os.getpid()} at {url}\n")
+    lock.flush()
+
+
+@asynccontextmanager
+async def assembled(config: Config) -> AsyncIterator[Parts]:
+    """The parts of the service, opened; closed at the end."""
+    folder = config.data.resolve()
+    blobs = open_blobs(f"file://{folder}", config.durability)
+    await blobs.open()
+    state = open_state(f"sqlite://{folder / 'state.db'}", config.durability)
+    boot = await state.open()
+    tables = Tables(folder / "tables.db")
+    manager = Manager(
+        state,
+        Registry.load(),
+        boot,
+        Limits(
+            slots=config.slots,
+            warn_s=config.warn_s,
+            grace_s=config.grace_s,
+            max_queued=config.max_queued,
+            keep_jobs_s=config.keep_jobs_s,
+        ),
+    )
+    files = Files(state, blobs)
+    Runners(manager, state, blobs, files, tables, warm_s=config.warm_s)
+    uploads = Uploads(
+        manager,
+        state,
+        blobs,
+        UploadLimits(
+            max_bytes=config.max_upload_bytes,
+            expires_s=config.upload_expires_s,
+            hold_s=config.pause_hold_s,
+            idle_s=config.body_idle_s,
+            durability=config.durability,
+        ),
+    )
+    services = Services(
+        manager=manager,
+        uploads=uploads,
+        downloads=Downloads(manager, state, hold_s=config.pause_hold_s),
+        files=files,
+        hub=Hub(state, boot),
+        now=Now(),
+        hosts=Hosts(config.address, config.hosts),
+        life=Life(),
+        settings=Settings(
+            max_json_bytes=config.max_json_bytes,
+            chunk_bytes=config.chunk_bytes,
+            write_idle_s=config.write_idle_s,
+            terminate_recent_s=config.terminate_recent_s,
+            default_kind=config.default_kind,
+            default_params=dict(config.default_params),
+            max_sockets=config.max_sockets,
+            slots=config.slots,
+        ),
+    )
+    try:
+        yield Parts(state, blobs, tables, services)
+    finally:
+        await blobs.close()
+        await tables.close()
+        await state.close()
+
+
+def make_app(services: Services) -> Application:
+    """The addresses of the service over its domain."""
+    return Application(
+        [(route.pattern, route.handler, route.options or {}) for route in ROUTES],
+        services=services,
+        default_handler_class=NotFoundHandler,
+        log_function=_log_request,
+    )
+
+
+def _log_request(handler: Any) -> None:
+    request = handler.request
+    log.debug(
+        "%s %s %d %.1f ms",
+        request.method,
+        request.path,
+        handler.get_status(),
+        request.request_time() * 1e3,
+    )
+
+
+async def recover(parts: Parts) -> None:
+    """Put right what an earlier run left, then take work."""
+    keep = await parts.services.manager.recover()
+    swept = await parts.blobs.sweep(set(keep))
+    if swept:
+        log.info("%d unfinished files without a job were removed", swept)
+    parts.services.life.ready = True
+
+
+async def housekeep(services: Services) -> None:
+    """Remove what has expired, once a minute."""
+    while True:
+        await asyncio.sleep(_HOUSEKEEPING_S)
+        try:
+            await services.files.expire()
+            await services.uploads.expire()
+        except SluiceError as error:
+            log.warning("housekeeping: %s", error)
+
+
+async def serve(config: Config, lock: IO[str]) -> None:
+    """Run the service until a signal stops it."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            os._exit(1)  # recovery puts right what this leaves
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    try:
+        sockets = bind_sockets(config.port, config.address)
+    except OSError as error:
+        raise CannotStart(
+            f"port {config.port} of {config.address} can't be used: {error.strerror}"
+        ) from error
+    async with assembled(config) as parts:
+        services = parts.services
+        server = HTTPServer(make_app(services), idle_connection_timeout=3600)
+        server.add_sockets(sockets)
+        host = f"[{config.address}]" if ":" in config.address else config.address
+        url = f"http://{host}:{sockets[0].getsockname()[1]}/"
+        note_owner(lock, url)
+        print(f"Sluice is at {url} (data in {config.data})", flush=True)
+        background = [
+            asyncio.create_task(work)
+            for work in (services.hub.run(), services.now.run(services), housekeep(services))
+        ]
+        await recover(parts)
+        await stop.wait()
+        log.info("stopping")
+        services.life.stopping = True
+        say_bye()
+        await services.manager.close(max(0.1, config.stop_grace_s - _CLOSING_S))
+        server.stop()
+        for task in background:
+            task.cancel()
+        await asyncio.gather(*background, return_exceptions=True)
+        await asyncio.sleep(0.3)  # answers and goodbyes on their way
+        async with asyncio.timeout(1.0):
+            await server.close_all_connections()
+
+
+async def add_here(config: Config, paths: Sequence[Path]) -> None:
+    """Store local files while no server runs."""
+    async with assembled(config) as parts:
+        await recover(parts)
+        try:
+            for path in paths:
+                file = await add(parts.services.uploads, path, _OWNER)
+                print(f"{file.id}  {file.name} (version {file.version}, {file.bytes} bytes)")
+        finally:
+            await parts.services.manager.close(1.0)
+
+
+def add_by(url: str, paths: Sequence[Path]) -> None:
+    """Store local files through the server that owns the folder."""
+    at = urlsplit(url)
+    for path in paths:
+        size = path.stat().st_size
+        target = f"/upload?file_name={quote(path.name, safe='')}&file_size={size}"
+        connection = http.client.HTTPConnection(at.hostname or "", at.port or 80, timeout=600)
+        with path.open("rb") as file:
+            headers = {"Content-Length": str(size), "X-Client-Id": f"add-{os.getpid()}"}
+            connection.request("POST", target, file, headers)
+            answer = json.loads(connection.getresponse().read())
+        if "id" not in answer:
+            raise CannotStart(f"{path.name}: {answer.get('message', 'the server refused it')}")
+        print(f"{answer['id']}  {path.name} ({size} bytes)")
+
+
+def run_add(config: Config, names: Sequence[str]) -> None:
+    """``server.py add FILE...``, with or without a running server."""
+    paths = [Path(name) for name in names]
+    missing = [str(path) for path in paths if not path.is_file()]
+    if missing or not paths:
+        raise CannotStart(f"no such file: {', '.join(missing)}" if missing else "add what?")
+    try:
+        lock = lock_folder(config.data)
+    except CannotStart as error:
+        _, _, url = str(error).rpartition(" at ")
+        if not url.startswith("http"):
+            raise
+        add_by(url, paths)
+        return
+    with lock:
+        asyncio.run(add_here(config, paths))
+
+
+def set_up(config: Config) -> None:
+    """Process-wide things: log, file descriptors."""
+    logging.basicConfig(
+        level=config.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    logging.getLogger("asyncio").setLevel(logging.WARNING)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def split_add(argv: Sequence[str]) -> tuple[list[str], list[str] | None]:
+    """The options, and the files behind ``add`` if it is there."""
+    if "add" not in argv:
+        return list(argv), None
+    at = list(argv).index("add")
+    return list(argv[:at]), list(argv[at + 1 :])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status."""
+    if sys.platform != "linux" or sys.version_info < (3, 11):
+        print("sluice: needs Linux and Python 3.11 or newer", file=sys.stderr)
+        return 1
+    try:
+        options, added = split_add(sys.argv[1:] if argv is None else argv)
+        config = load(options, os.environ)
+        set_up(config)
+        if added is not None:
+            run_add(config, added)
+            return 0
+        with lock_folder(config.data) as lock:
+            asyncio.run(serve(config, lock))
+        return 0
+    except ConfigError as error:
+        print(f"sluice: {error}", file=sys.stderr)
+        return 2
+    except (CannotStart, SluiceError) as error:
+        detail = error.detail if isinstance(error, SluiceError) else str(error)
+        print(f"sluice: {detail}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
