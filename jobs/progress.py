@@ -23,6 +23,7 @@ class Meter:
         "_active_s",
         "_at",
         "_from",
+        "_held",
         "_rate",
         "_spread",
         "changed",
@@ -41,7 +42,8 @@ class Meter:
         self.phase = last.phase
         self.message = last.message
         self.changed = False
-        self._from: int | None = None  # done at the last sample; None: the clock stands
+        self._held = False
+        self._from: int | None = None  # done at the last sample
         self._at = 0.0
         self._active_s = 0.0
         self._rate: float | None = None
@@ -58,6 +60,7 @@ class Meter:
         self.changed = True
         if done is not None and done > self.done:
             self.done = done
+            self._held = False
         if total is not None:
             self.total = total
         if phase is not None:
@@ -67,6 +70,7 @@ class Meter:
 
     def hold(self) -> None:
         """The job is paused or its peer is gone: stop the clock, forget the rate."""
+        self._held = True
         self._from = None
         self._rate = None
         self._active_s = 0.0
@@ -93,6 +97,8 @@ class Meter:
         )
 
     def _sample(self, now: float) -> None:
+        if self._held:
+            return
         if self._from is None:
             self._from, self._at = self.done, now
             return
