@@ -165,6 +165,7 @@ def make_app(services: Services) -> Application:
         [(route.pattern, route.handler, route.options or {}) for route in ROUTES],
         services=services,
         default_handler_class=NotFoundHandler,
+        websocket_max_message_size=64 << 10,
         log_function=_log_request,
     )
 
@@ -220,7 +221,7 @@ async def serve(config: Config, lock: IO[str]) -> None:
         ) from error
     async with assembled(config) as parts:
         services = parts.services
-        server = HTTPServer(make_app(services), idle_connection_timeout=3600)
+        server = HTTPServer(make_app(services), idle_connection_timeout=120)
         server.add_sockets(sockets)
         host = f"[{config.address}]" if ":" in config.address else config.address
         url = f"http://{host}:{sockets[0].getsockname()[1]}/"

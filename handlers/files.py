@@ -69,10 +69,6 @@ class FileHandler(BaseHandler):
 class ContentHandler(BaseHandler):
     """The bytes of a file; they never change under this address."""
 
-    def compute_etag(self) -> str | None:
-        """Tornado's hook; the file's own validator is set by ``send_file``."""
-        return None
-
     async def head(self, file_id: str) -> None:
         """The headers of ``get``."""
         await self._send(file_id)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
+from time import monotonic
 from typing import Any
 
 import msgspec
@@ -25,6 +26,7 @@ from jobs.rows import rfc3339
 from storage import Boot, Event, State
 
 RING = 4096
+_MARK_S = 60.0
 _encode = msgspec.json.Encoder().encode
 
 
@@ -45,7 +47,7 @@ class Hub:
         self.seq = boot.seq
         self._state = state
         self._ring: deque[Event] = deque(maxlen=RING)
-        self._marks: OrderedDict[str, tuple[int, Mark]] = OrderedDict()
+        self._marks: OrderedDict[str, tuple[int, float, Mark]] = OrderedDict()
         self._stamp = 0
         self._listeners: set[Callable[[], None]] = set()
 
@@ -70,9 +72,16 @@ class Hub:
         async for marks in self._state.progress_in():
             for mark in marks:
                 self._stamp += 1
-                self._marks[mark[0]] = (self._stamp, Mark(*mark))
+                self._marks[mark[0]] = (self._stamp, monotonic(), Mark(*mark))
                 self._marks.move_to_end(mark[0])
+            self._forget_old()
             self._wake()
+
+    def _forget_old(self) -> None:
+        """Drop progress that was not replaced for long: the job's row has it, or the job ended."""
+        limit = monotonic() - _MARK_S
+        while self._marks and next(iter(self._marks.values()))[1] < limit:
+            self._marks.popitem(last=False)
 
     def listen(self, wake: Callable[[], None]) -> None:
         """Call ``wake`` whenever there may be something new, until ``unlisten``."""
@@ -100,7 +109,7 @@ class Hub:
     def marks(self, stamp: int) -> tuple[list[Mark], int]:
         """Progress that was replaced after ``stamp``, oldest first, and the newest stamp."""
         newer = []
-        for at, mark in reversed(self._marks.values()):
+        for at, _, mark in reversed(self._marks.values()):
             if at <= stamp:
                 break
             newer.append(mark)

@@ -608,9 +608,16 @@ class Manager:
         def ring() -> None:
             del self._alarms[job.id]
             log.warning("job %s is %s for too long (step %d)", job.id, job.state, job.deadline_step)
-            self.spawn(self.report(job.id, Input.DEADLINE))
+            self.spawn(self._deadline(job.id))
 
         self._alarms[job.id] = asyncio.get_running_loop().call_later(delay_s, ring)
+
+    async def _deadline(self, job_id: str) -> None:
+        """Report a deadline; if the clock was set back it is not due yet, so watch on."""
+        if await self.report(job_id, Input.DEADLINE) is None:
+            job = await self._state.get(job_id)
+            if job is not None and job.deadline_at is not None and job_id not in self._alarms:
+                self._alarm(job)
 
     def _roll_back(self, job: Job) -> None:
         if job.id in self._rollbacks:

@@ -156,8 +156,8 @@ def has_failed(job: Job, facts: Facts) -> bool:
 
 
 def forced(job: Job, facts: Facts) -> bool:
-    """The command asks to end the grace."""
-    return facts.force
+    """The command asks to end the grace, and nobody did before."""
+    return facts.force and job.deadline_step < 2
 
 
 def warns(job: Job, facts: Facts) -> bool:
@@ -339,7 +339,8 @@ def _reason(input: Input, job: Job) -> str | None:
 def _of_state(job: Job, input: Input, to: str, facts: Facts) -> dict[str, Any]:
     """Fields that every way into a state sets. Each deadline has three steps: warn, force, end."""
     if to in (PAUSING, CANCELLING):
-        step = job.deadline_step + 1 if input is Input.DEADLINE else 2 * facts.force
+        forced_now = input is Input.CANCEL and job.state == CANCELLING
+        step = job.deadline_step + 1 if input is Input.DEADLINE else 2 * forced_now
         wait_ms = (facts.warn_ms, facts.grace_ms - facts.warn_ms, _END_MS)[min(step, 2)]
         return {"deadline_step": step, "deadline_at": facts.now + wait_ms}
     if to == RUNNING:

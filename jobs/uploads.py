@@ -90,8 +90,7 @@ class Upload:
         self.received = job.stored_bytes
         self.stored = job.stored_bytes  # written; committed at each save
         self.saved = job.stored_bytes
-        self.durable = job.durable_bytes
-        self.synced_at = monotonic()
+        self.durable = self.durable_saved = job.durable_bytes
         self.finishing = False
         self.released = asyncio.Event()
         self.meter.mark(job.stored_bytes)
@@ -471,9 +470,7 @@ class Uploads:
         stored = upload.stored
         if sync and upload.writer is not None and upload.durable < stored:
             upload.durable = upload.before + await upload.writer.sync()
-        if stored == upload.saved and not sync:
-            return
-        forced = upload.durable if upload.durable > upload.job.durable_bytes else None
+        forced = upload.durable if upload.durable > upload.durable_saved else None
         if stored == upload.saved and forced is None:
             return
         await self._state.save(
@@ -484,6 +481,7 @@ class Uploads:
             progress=upload.meter.progress(),
         )
         upload.saved = stored
+        upload.durable_saved = max(upload.durable_saved, forced or 0)
 
     def _watch_idle(self, upload: Upload) -> None:
         """Show a sender that sends nothing as stalled; end it after ``idle_s``."""

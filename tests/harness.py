@@ -154,6 +154,7 @@ class Server:
             return Answer(answer.status, dict(answer.headers.items()), answer.read())
         finally:
             connection.close()
+            self.check_threads()
 
     def get(self, path: str, **headers: str) -> Answer:
         """GET."""
