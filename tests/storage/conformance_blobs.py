@@ -1,0 +1,513 @@
+"""What every Blobs backend must do.
+
+A backend's test module inherits these classes and provides the fixtures ``blobs_url`` (an empty
+place) and ``blobs`` (that one, open). Nothing here looks behind the contract in
+``storage/__init__.py``.
+"""
+
+import asyncio
+import random
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from errors import SluiceError
+from storage import Blobs, open_blobs
+
+MIB = 1 << 20
+
+# Names as people give them: the store may not change, refuse or confuse any of them.
+NAMES = [
+    "data.csv",
+    "żółw 🐢 数据.csv",
+    "e\u0301 is not \u00e9",
+    "é" * 127 + "x",
+    "x" * 255,
+    " leading and trailing ",
+    "-rf",
+    ".hidden",
+    "...",
+    "a%2Fb\\c:d*e?f\"g<h>i|j'k",
+    "two\nlines",
+    "CON",
+]
+
+
+async def put(blobs: Blobs, blob_id: str, data: bytes) -> None:
+    """An unfinished blob with these bytes."""
+    writer = await blobs.writer(blob_id, 1)
+    assert await writer.write(memoryview(data)) == len(data)
+    await writer.sync()
+    await writer.close()
+
+
+async def content(blobs: Blobs, blob_id: str, name: str | None = None) -> bytes:
+    """All bytes of a blob."""
+    reader = await blobs.reader(blob_id, name)
+    data = b""
+    while piece := await reader.read(len(data), 1 << 30):
+        data += piece
+    assert reader.size_bytes == len(data)
+    await reader.close()
+    return data
+
+
+async def refused(blobs: Blobs, blob_id: str, name: str | None = None) -> None:
+    """There is nothing to read there."""
+    with pytest.raises(SluiceError) as caught:
+        await blobs.reader(blob_id, name)
+    assert caught.value.status == 404
+
+
+class Writing:
+    """``writer`` and ``size``."""
+
+    async def test_bytes_are_appended(self, blobs: Blobs) -> None:
+        """Each write returns the new offset, and the blob holds the pieces in order."""
+        writer = await blobs.writer("b1", 1)
+        assert await writer.write(memoryview(b"hello ")) == 6
+        assert await writer.write(memoryview(b"")) == 6
+        assert await writer.write(memoryview(b"world")) == 11
+        await writer.close()
+        assert await blobs.size("b1") == 11
+        assert await content(blobs, "b1") == b"hello world"
+
+    async def test_a_large_view_is_written_whole(self, blobs: Blobs) -> None:
+        """One call may bring more than one system call takes."""
+        data = random.Random(1).randbytes(3 * MIB + 17)
+        await put(blobs, "b1", data)
+        assert await content(blobs, "b1") == data
+
+    async def test_a_view_may_be_reused(self, blobs: Blobs) -> None:
+        """The buffer behind a view belongs to the caller again when write returns."""
+        buffer = bytearray(4)
+        writer = await blobs.writer("b1", 1)
+        for letter in b"abc":
+            buffer[:] = bytes([letter]) * 4
+            await writer.write(memoryview(buffer)[:3])
+        buffer[:] = b"zzzz"
+        await writer.close()
+        assert await content(blobs, "b1") == b"aaabbbccc"
+
+    async def test_a_blob_is_continued(self, blobs: Blobs) -> None:
+        """A new writer at the end goes on where the former stopped."""
+        await put(blobs, "b1", b"one ")
+        writer = await blobs.writer("b1", 2, offset=4)
+        assert await writer.write(memoryview(b"two")) == 7
+        await writer.close()
+        assert await content(blobs, "b1") == b"one two"
+
+    async def test_what_lies_behind_the_offset_is_cut_off(self, blobs: Blobs) -> None:
+        """Bytes that were never acknowledged are gone as soon as the writer is there."""
+        await put(blobs, "b1", b"0123456789")
+        writer = await blobs.writer("b1", 2, offset=4)
+        assert await blobs.size("b1") == 4
+        await writer.write(memoryview(b"x"))
+        await writer.close()
+        assert await content(blobs, "b1") == b"0123x"
+
+    async def test_starting_again_empties_the_blob(self, blobs: Blobs) -> None:
+        """Without an offset a writer begins at nought."""
+        await put(blobs, "b1", b"old")
+        await (await blobs.writer("b1", 2)).close()
+        assert await blobs.size("b1") == 0
+
+    async def test_missing_bytes_are_an_error(self, blobs: Blobs) -> None:
+        """A blob shorter than the offset is refused and stays as it is: no hole, no zeros."""
+        await put(blobs, "b1", b"123")
+        with pytest.raises(SluiceError) as caught:
+            await blobs.writer("b1", 2, offset=4)
+        assert caught.value.code == "storage-failed"
+        assert await content(blobs, "b1") == b"123"
+
+    async def test_a_missing_blob_is_not_continued(self, blobs: Blobs) -> None:
+        """An offset into a blob that is not there is refused, and none is made."""
+        with pytest.raises(SluiceError) as caught:
+            await blobs.writer("b1", 2, offset=1)
+        assert caught.value.code == "storage-failed"
+        assert await blobs.size("b1") is None
+
+    async def test_sync_tells_the_durable_offset(self, blobs: Blobs) -> None:
+        """After a sync all that was written is durable."""
+        writer = await blobs.writer("b1", 1)
+        assert await writer.sync() == 0
+        await writer.write(memoryview(b"abc"))
+        assert await writer.sync() == 3
+        assert await writer.sync() == 3
+        await writer.close()
+
+    async def test_closing_keeps_the_bytes(self, blobs: Blobs) -> None:
+        """A writer can be closed twice and without a sync; the bytes are there."""
+        writer = await blobs.writer("b1", 1)
+        await writer.write(memoryview(b"abc"))
+        await writer.close()
+        await writer.close()
+        assert await content(blobs, "b1") == b"abc"
+
+    async def test_blobs_do_not_mix(self, blobs: Blobs) -> None:
+        """Several blobs grow at the same time."""
+        writers = [await blobs.writer(f"b{i}", 1) for i in range(5)]
+        for _ in range(3):
+            await asyncio.gather(
+                *(writer.write(memoryview(b"%d" % i)) for i, writer in enumerate(writers))
+            )
+        for writer in writers:
+            await writer.close()
+        assert [await content(blobs, f"b{i}") for i in range(5)] == [
+            b"%d" % i * 3 for i in range(5)
+        ]
+
+    async def test_the_size_of_what_is_not_there(self, blobs: Blobs) -> None:
+        """Unknown and published blobs have no unfinished size."""
+        assert await blobs.size("unknown") is None
+        await put(blobs, "b1", b"abc")
+        assert await blobs.size("b1") == 3
+        await blobs.publish("b1", "data.csv")
+        assert await blobs.size("b1") is None
+
+    async def test_what_can_not_fit_is_refused_at_once(self, blobs: Blobs) -> None:
+        """A length far beyond the room that is left costs no byte of traffic."""
+        with pytest.raises(SluiceError) as caught:
+            await blobs.writer("b1", 1, length=1 << 60)
+        assert caught.value.code == "disk-full"
+        assert await blobs.size("b1") is None
+        await (await blobs.writer("b1", 1, length=3)).close()
+
+    async def test_only_the_missing_bytes_need_room(self, blobs: Blobs) -> None:
+        """A blob that is complete can be opened again, however long it is said to be."""
+        await put(blobs, "b1", b"abc")
+        await (await blobs.writer("b1", 2, offset=3, length=3)).close()
+        assert await content(blobs, "b1") == b"abc"
+
+    @settings(
+        deadline=None,
+        database=None,
+        max_examples=40,
+        suppress_health_check=[HealthCheck.function_scoped_fixture],
+    )
+    @given(
+        moves=st.lists(
+            st.one_of(
+                st.binary(max_size=40),  # written
+                st.integers(0, 100),  # opened again there
+            ),
+            max_size=20,
+        )
+    )
+    def test_a_blob_is_a_bytearray(
+        self, runner: asyncio.Runner, blobs: Blobs, moves: list[bytes | int]
+    ) -> None:
+        """However it was written, interrupted and continued, a blob holds what a model holds."""
+
+        async def compare() -> None:
+            model = bytearray()
+            writer = await blobs.writer("b1", 1)
+            for fence, move in enumerate(moves):
+                if isinstance(move, bytes):
+                    model += move
+                    assert await writer.write(memoryview(move)) == len(model)
+                    continue
+                await writer.close()
+                if move <= len(model):
+                    del model[move:]
+                else:
+                    with pytest.raises(SluiceError):
+                        await blobs.writer("b1", fence, offset=move)
+                writer = await blobs.writer("b1", fence, offset=len(model))
+            await writer.close()
+            assert await content(blobs, "b1") == model
+
+        runner.run(compare())
+
+
+class Publishing:
+    """``publish`` and ``unpublish``."""
+
+    @pytest.mark.parametrize("name", NAMES, ids=lambda name: ascii(name)[:24])
+    async def test_a_blob_is_read_under_its_name(self, blobs: Blobs, name: str) -> None:
+        """Any name that a file can have is kept as it is, and no other name finds it."""
+        await put(blobs, "b1", b"abc")
+        assert await blobs.publish("b1", name) == 3
+        assert await content(blobs, "b1", name) == b"abc"
+        await refused(blobs, "b1", name[:-1] + "~")
+
+    async def test_publishing_is_one_step(self, blobs: Blobs) -> None:
+        """Before it nothing can be read under the name, after it nothing unfinished is left."""
+        await put(blobs, "b1", b"abc")
+        await refused(blobs, "b1", "data.csv")
+        await blobs.publish("b1", "data.csv")
+        await refused(blobs, "b1")
+        assert await blobs.sweep([]) == 0
+
+    async def test_an_empty_blob_can_be_published(self, blobs: Blobs) -> None:
+        """Nought bytes are a file too."""
+        await put(blobs, "b1", b"")
+        assert await blobs.publish("b1", "empty") == 0
+        assert await content(blobs, "b1", "empty") == b""
+
+    async def test_one_name_for_many_blobs(self, blobs: Blobs) -> None:
+        """Blobs of one name do not replace each other."""
+        for i in range(3):
+            await put(blobs, f"b{i}", b"%d" % i)
+            await blobs.publish(f"b{i}", "data.csv")
+        assert [await content(blobs, f"b{i}", "data.csv") for i in range(3)] == [b"0", b"1", b"2"]
+
+    @pytest.mark.parametrize("name", ["data.csv", "other.csv"])
+    async def test_what_is_published_never_changes(self, blobs: Blobs, name: str) -> None:
+        """Neither writing nor publishing under the same id touches the published bytes."""
+        await put(blobs, "b1", b"abc")
+        await blobs.publish("b1", "data.csv")
+        await put(blobs, "b1", b"changed")
+        assert await content(blobs, "b1", "data.csv") == b"abc"
+        with pytest.raises(SluiceError) as caught:
+            await blobs.publish("b1", name)
+        assert caught.value.code == "storage-failed"
+        assert await content(blobs, "b1", "data.csv") == b"abc"
+
+    async def test_what_is_not_there_is_not_published(self, blobs: Blobs) -> None:
+        """Publishing an unknown blob is refused and leaves nothing under the name."""
+        with pytest.raises(SluiceError) as caught:
+            await blobs.publish("b1", "data.csv")
+        assert caught.value.code == "storage-failed"
+        await refused(blobs, "b1", "data.csv")
+        assert not await blobs.unpublish("b1")
+
+    async def test_publishing_can_be_taken_back(self, blobs: Blobs) -> None:
+        """Afterwards the blob is unfinished again, can grow, and can be published again."""
+        await put(blobs, "b1", b"abc")
+        await blobs.publish("b1", "data.csv")
+        assert await blobs.unpublish("b1")
+        await refused(blobs, "b1", "data.csv")
+        assert await blobs.size("b1") == 3
+        writer = await blobs.writer("b1", 2, offset=3)
+        await writer.write(memoryview(b"def"))
+        await writer.close()
+        assert await blobs.publish("b1", "other.csv") == 6
+        assert await content(blobs, "b1", "other.csv") == b"abcdef"
+
+    async def test_there_may_be_nothing_to_take_back(self, blobs: Blobs) -> None:
+        """Taking back what was never published says so and changes nothing."""
+        assert not await blobs.unpublish("unknown")
+        await put(blobs, "b1", b"abc")
+        assert not await blobs.unpublish("b1")
+        assert await content(blobs, "b1") == b"abc"
+
+
+class Reading:
+    """``reader``."""
+
+    async def test_any_range(self, blobs: Blobs) -> None:
+        """A read gives at most what was asked for, from where it was asked for."""
+        data = bytes(range(256))
+        await put(blobs, "b1", data)
+        await blobs.publish("b1", "data.csv")
+        reader = await blobs.reader("b1", "data.csv")
+        assert reader.size_bytes == 256
+        for start, n in ((0, 256), (0, 1), (255, 1), (100, 56), (0, 0)):
+            assert await reader.read(start, n) == data[start : start + n]
+        assert await reader.read(200, 999) == data[200:]
+        assert await reader.read(256, 10) == b""
+        assert await reader.read(999, 10) == b""
+        await reader.close()
+        await reader.close()
+
+    async def test_a_read_is_empty_only_at_the_end(self, blobs: Blobs) -> None:
+        """Large reads may give less than was asked for, but never nothing."""
+        data = random.Random(2).randbytes(2 * MIB + 5)
+        await put(blobs, "b1", data)
+        assert await content(blobs, "b1") == data
+
+    async def test_an_unfinished_blob(self, blobs: Blobs) -> None:
+        """Without a name the bytes so far are read, while the writer goes on."""
+        writer = await blobs.writer("b1", 1)
+        await writer.write(memoryview(b"abc"))
+        assert await content(blobs, "b1") == b"abc"
+        await writer.write(memoryview(b"def"))
+        assert await content(blobs, "b1") == b"abcdef"
+        await writer.close()
+
+    async def test_what_is_not_there(self, blobs: Blobs) -> None:
+        """Unknown ids, unfinished blobs and wrong names are not found."""
+        await put(blobs, "b1", b"abc")
+        await refused(blobs, "unknown")
+        await refused(blobs, "unknown", "data.csv")
+        await refused(blobs, "b1", "data.csv")
+        await blobs.publish("b1", "data.csv")
+        await refused(blobs, "b1", "DATA.CSV")
+
+    @pytest.mark.parametrize("name", [None, "data.csv"])
+    async def test_a_reader_survives_discard(self, blobs: Blobs, name: str | None) -> None:
+        """Who began to read reads to the end, whoever discards the blob meanwhile."""
+        data = random.Random(3).randbytes(MIB)
+        await put(blobs, "b1", data)
+        if name is not None:
+            await blobs.publish("b1", name)
+        readers = [await blobs.reader("b1", name) for _ in range(3)]
+        await blobs.discard("b1")
+        await refused(blobs, "b1", name)
+        for reader in readers:
+            assert await reader.read(0, MIB) == data
+            await reader.close()
+
+    async def test_a_reader_survives_publishing(self, blobs: Blobs) -> None:
+        """A blob may move while it is read."""
+        await put(blobs, "b1", b"abc")
+        reader = await blobs.reader("b1", None)
+        await blobs.publish("b1", "data.csv")
+        assert await reader.read(0, 9) == b"abc"
+        await blobs.unpublish("b1")
+        assert await reader.read(1, 1) == b"b"
+        await reader.close()
+
+
+class Removing:
+    """``discard`` and ``sweep``."""
+
+    async def test_discard(self, blobs: Blobs) -> None:
+        """Published and unfinished blobs go; unknown ones are fine."""
+        await put(blobs, "b1", b"abc")
+        await put(blobs, "b2", b"abc")
+        await blobs.publish("b2", "data.csv")
+        for blob_id in ("b1", "b2", "b1", "b2", "unknown"):
+            await blobs.discard(blob_id)
+        await refused(blobs, "b1")
+        await refused(blobs, "b2", "data.csv")
+        assert await blobs.size("b1") is None
+        assert not await blobs.unpublish("b2")
+
+    async def test_discard_takes_no_other(self, blobs: Blobs) -> None:
+        """Only the blob of that id goes."""
+        for blob_id in ("b", "b1", "b11"):
+            await put(blobs, blob_id, b"abc")
+        await blobs.discard("b1")
+        assert [await blobs.size(blob_id) for blob_id in ("b", "b1", "b11")] == [3, None, 3]
+
+    async def test_an_id_can_be_used_again(self, blobs: Blobs) -> None:
+        """After a discard a new blob of that id begins empty and can be published."""
+        await put(blobs, "b1", b"abc")
+        await blobs.publish("b1", "data.csv")
+        await blobs.discard("b1")
+        await put(blobs, "b1", b"de")
+        assert await blobs.publish("b1", "data.csv") == 2
+        assert await content(blobs, "b1", "data.csv") == b"de"
+
+    async def test_a_writer_survives_discard(self, blobs: Blobs) -> None:
+        """A writer whose blob was discarded brings nothing back."""
+        writer = await blobs.writer("b1", 1)
+        await writer.write(memoryview(b"abc"))
+        await blobs.discard("b1")
+        await writer.write(memoryview(b"def"))
+        await writer.close()
+        assert await blobs.size("b1") is None
+
+    async def test_sweep_keeps_what_it_is_told_to(self, blobs: Blobs) -> None:
+        """Unfinished blobs that nobody claims go, and it is said how many."""
+        for i in range(5):
+            await put(blobs, f"b{i}", b"%d" % i)
+        assert await blobs.sweep({"b1", "b3", "unknown"}) == 3
+        sizes = [await blobs.size(f"b{i}") for i in range(5)]
+        assert sizes == [None, 1, None, 1, None]
+        assert await content(blobs, "b3") == b"3"
+        assert await blobs.sweep(["b1", "b3"]) == 0
+        assert await blobs.sweep([]) == 2
+
+    async def test_sweep_never_takes_what_is_published(self, blobs: Blobs) -> None:
+        """A published blob stays, even if an unfinished one of its id is swept."""
+        await put(blobs, "b1", b"abc")
+        await blobs.publish("b1", "data.csv")
+        await put(blobs, "b1", b"left over")
+        assert await blobs.sweep([]) == 1
+        assert await content(blobs, "b1", "data.csv") == b"abc"
+
+
+class Joining:
+    """``concat``."""
+
+    async def test_parts_are_joined_in_order(self, blobs: Blobs) -> None:
+        """Published and unfinished, large and empty parts; the parts stay as they were."""
+        dice = random.Random(4)
+        parts = [dice.randbytes(n) for n in (10, 2 * MIB + 3, 0, MIB, 1)]
+        for i, part in enumerate(parts):
+            await put(blobs, f"p{i}", part)
+        await blobs.publish("p1", "part")
+        await blobs.publish("p3", "part")
+        named = [(f"p{i}", "part" if i in (1, 3) else None) for i in range(5)]
+        total = await blobs.concat("all", named)
+        assert total == sum(map(len, parts))
+        assert await content(blobs, "all") == b"".join(parts)
+        for part, (blob_id, name) in zip(parts, named, strict=True):
+            assert await content(blobs, blob_id, name) == part
+
+    async def test_a_part_may_come_twice(self, blobs: Blobs) -> None:
+        """The same blob can be used for several parts."""
+        await put(blobs, "p", b"ab")
+        assert await blobs.concat("all", [("p", None)] * 3) == 6
+        assert await content(blobs, "all") == b"ababab"
+
+    async def test_no_parts(self, blobs: Blobs) -> None:
+        """Nothing joined is an empty blob."""
+        assert await blobs.concat("all", []) == 0
+        assert await blobs.size("all") == 0
+
+    async def test_the_whole_is_a_blob_like_others(self, blobs: Blobs) -> None:
+        """It can be continued and published."""
+        await put(blobs, "p", b"abc")
+        await blobs.concat("all", [("p", None)])
+        writer = await blobs.writer("all", 1, offset=3)
+        await writer.write(memoryview(b"!"))
+        await writer.close()
+        assert await blobs.publish("all", "whole.txt") == 4
+        assert await content(blobs, "all", "whole.txt") == b"abc!"
+
+    async def test_a_former_attempt_is_replaced(self, blobs: Blobs) -> None:
+        """Joining again starts from nothing."""
+        await put(blobs, "all", b"longer than the parts")
+        await put(blobs, "p", b"abc")
+        assert await blobs.concat("all", [("p", None)]) == 3
+        assert await content(blobs, "all") == b"abc"
+
+    async def test_a_missing_part_leaves_nothing(self, blobs: Blobs) -> None:
+        """Without all of its parts there is no whole."""
+        await put(blobs, "p", b"abc")
+        with pytest.raises(SluiceError) as caught:
+            await blobs.concat("all", [("p", None), ("gone", "data.csv")])
+        assert caught.value.status == 404
+        assert await blobs.size("all") is None
+
+
+class Keeping:
+    """``open``, ``close`` and ``free_bytes``."""
+
+    async def test_everything_outlives_a_restart(self, blobs_url: str, blobs: Blobs) -> None:
+        """Another start finds the same published and unfinished blobs."""
+        await put(blobs, "b1", b"abc")
+        await put(blobs, "b2", b"def")
+        await blobs.publish("b2", "data.csv")
+        await blobs.close()
+        again = open_blobs(blobs_url, "always")
+        await again.open()
+        assert await content(again, "b1") == b"abc"
+        assert await content(again, "b2", "data.csv") == b"def"
+        await again.close()
+
+    async def test_opening_leaves_no_trace(self, blobs: Blobs) -> None:
+        """The look whether the place can be written makes no blob."""
+        assert await blobs.sweep([]) == 0
+
+    async def test_free_bytes(self, blobs: Blobs) -> None:
+        """There is a number of bytes that are free."""
+        assert await blobs.free_bytes() > MIB
+
+    @pytest.mark.parametrize("durability", ["always", "interval", "never"])
+    async def test_each_durability(self, blobs_url: str, durability: str) -> None:
+        """Whatever is promised about power cuts, bytes come out as they went in."""
+        blobs = open_blobs(blobs_url, durability)
+        await blobs.open()
+        data = random.Random(5).randbytes(MIB + 1)
+        for blob_id in ("b0", "b1"):
+            await put(blobs, blob_id, data)
+            await blobs.publish(blob_id, "data.csv")
+            assert await content(blobs, blob_id, "data.csv") == data
+        assert await blobs.concat("all", [("b0", "data.csv"), ("b1", "data.csv")]) == 2 * MIB + 2
+        await blobs.close()
