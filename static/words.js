@@ -1,0 +1,166 @@
+// Every word of the page, in one place.
+//
+// Strategy: plain strings, and functions where a name or a number goes in. A failure says what
+// happened, what became of the data and what to do next; the server's own sentence comes first, and
+// NEXT replaces the advice it gives to programs by advice for people in front of this page.
+
+export const words = {
+  title: "Sluice",
+  views: { jobs: "Jobs", files: "Files", processes: "Processes" },
+  skip: "Skip to the content",
+  live: (ms) => (ms === null ? "live" : `live · ${ms} ms`),
+  connecting: "connecting",
+  silent: (s) => `no news for ${s} s`,
+  lost: "offline",
+
+  banner: {
+    lost: (at) => `The connection was lost at ${at}. What you see is from then.`,
+    restart: "The server is restarting. What you see is from before.",
+    never: "The server does not answer.",
+    again: (s) => (s > 0 ? `Reconnecting in ${s} s` : "Reconnecting …"),
+    now: "Try now",
+    ended: "The server has closed this channel. Reload the page to go on.",
+    reload: "Reload",
+  },
+  back: "Connected again.",
+  offline: "There is no connection to the server just now.",
+
+  now: {
+    label: "Now",
+    in: "In",
+    out: "Out",
+    running: "Running",
+    free: "Free",
+    slots: (n) => `of ${n} ${n === 1 ? "slot" : "slots"}`,
+    waiting: (paused, queued) => `${paused} paused · ${queued} queued`,
+    stored: (size, n) => `${size} stored · ${n} ${n === "1" ? "file" : "files"}`,
+  },
+
+  drop: {
+    bold: "Drop files anywhere",
+    rest: " — uploads go on after a lost connection or a restart.",
+    here: "Drop to upload",
+    folder: (name) => `${name} is a folder. Drop the files in it instead.`,
+    upload: "Upload",
+    process: "New process",
+  },
+
+  filters: { all: "All", running: "Running", paused: "Paused", queued: "Queued", done: "Done", failed: "Failed", cancelled: "Cancelled" },
+  filterLabel: "Show jobs by state",
+  search: "Search",
+  searchHint: "Search   /",
+  jobsLabel: "Jobs",
+  more: "Loading more …",
+  nothing: "No job matches.",
+  clear: "Show all jobs",
+
+  empty: {
+    title: "Nothing here yet",
+    text: "Upload a file of any size, or start a process. It shows up here at once, with its progress.",
+    choose: "Choose files",
+    curl: "Or from a terminal:",
+    files: "No files yet. What is uploaded, or made by a process, is kept here.",
+  },
+
+  state: {
+    running: "Running", pausing: "Pausing", paused: "Paused", queued: "Queued", scheduled: "Scheduled",
+    cancelling: "Cancelling", cancelled: "Cancelled", succeeded: "Done", failed: "Failed", away: "Waiting",
+  },
+  act: {
+    pause: "Pause", resume: "Resume", cancel: "Cancel", retry: "Retry", download: "Download", choose: "Choose file",
+    delete: "Remove from the list", details: "Details as JSON", curl: "Copy as curl", link: "Copy the download link",
+    force: "Cancel now, without clean-up", more: "More",
+  },
+  of: (act, name) => `${act} ${name}`,
+  doing: { pause: "Pausing", resume: "Resuming", cancel: "Cancelling", retry: "Retrying", delete: "Removing" },
+  refused: (act, why) => `${act} did not work: ${why}`,
+
+  soFar: (amount) => `${amount} so far`,
+  stalled: (at) => `no data since ${at}`,
+  waits: {
+    slot: (running, slots) => (slots ? `Waits for a slot: ${running} of ${slots} in use` : "Waits for a slot"),
+    place: (n) => (n === 1 ? "Next in line" : `${n}${["st", "nd", "rd"][((n + 90) % 100 - 10) % 10 - 1] ?? "th"} in line`),
+    after: "Waits for another job",
+    time: (at) => `Starts at ${at}`,
+    backoff: (at, n) => `Attempt ${n} at ${at}`,
+  },
+  away: {
+    here: "The connection was lost; this tab sends on as soon as it can.",
+    mine: (amount) => `${amount} are safe. Choose the file again to go on.`,
+    other: (amount) => `${amount} are safe. Waits for its sender to go on.`,
+  },
+  undoing: (done, total) => `Undoing: ${done} of ${total}`,
+  undone: (done, total) => `Undone: ${done} of ${total}.`,
+  by: {
+    you: "by you", server: "by the server", browser: "in another browser", api: "over the API",
+    who: (name) => `by ${name}`,
+  },
+  paused: (who, at) => `paused ${who}, ${at}`,
+  cancelled: (who) => `Cancelled ${who}.`,
+  gone: "Nothing is left of it.",
+  took: (amount, time) => `${amount} in ${time}`,
+  expired: "It was not finished in time.",
+
+  next: {
+    "client-gone": "Nothing was kept; send it again.",
+    interrupted: "Nothing was kept; send it again. An upload from this page would have gone on.",
+    "file-unknown": "Upload the file, then retry.",
+    "digest-mismatch": "The file is not the one that was meant; upload it again.",
+    "disk-full": "Free some space, then retry.",
+    "kind-failed": "Retry, or see the details.",
+    "upload-stalled": "Send it again.",
+    "cursor-incompatible": "Retry runs it from the start.",
+  },
+
+  uploads: {
+    label: "Uploads of this tab",
+    waiting: "waits for the others",
+    lost: (s) => `connection lost, trying again in ${s} s`,
+    trying: "connection lost, trying again",
+    again: "Try again",
+    drop: "Give up",
+    other: (name) => `That is not the ${name} of before: its size or date differs.`,
+    unreadable: (name) => `${name} can no longer be read. Choose it again.`,
+    ended: (name) => `The server no longer knows the upload of ${name}.`,
+  },
+
+  files: {
+    delete: "Delete",
+    sure: (name) => `Delete ${name}?`,
+    gone: "Its bytes are removed from the server. This can't be undone.",
+    keep: "Keep it",
+    deleted: (name) => `${name} was deleted.`,
+    more: "Show older files",
+    version: (n) => `v${n}`,
+  },
+
+  process: {
+    title: "New process",
+    kind: "Kind",
+    name: "Name",
+    nameHint: "optional; shown in the list",
+    optional: "optional",
+    start: "Start",
+    starting: "Starting …",
+    pause: (text) => `Pausing takes effect ${text}.`,
+    json: "one per line: name = value",
+    many: "separated by commas",
+    started: (name) => `${name} was started.`,
+    bad: "This is no valid value.",
+  },
+
+  said: {
+    started: (name) => `${name} started.`,
+    quarter: (name, percent) => `${name}: ${percent}`,
+    succeeded: (name) => `${name} is done.`,
+    failed: (name, why) => `${name} failed. ${why}`,
+    cancelled: (name) => `${name} was cancelled.`,
+    paused: (name) => `${name} is paused.`,
+  },
+
+  copied: "Copied.",
+  copyJson: "Copy",
+  copyByHand: "Copy this text",
+  close: "Close",
+  dismiss: "Dismiss",
+};

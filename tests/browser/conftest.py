@@ -1,0 +1,80 @@
+"""A headless Chromium, and pages on which nothing may go wrong unseen."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.conftest import missing
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, BrowserContext, Page
+
+with contextlib.suppress(ImportError):
+    from playwright.sync_api import expect, sync_playwright
+
+FLAGS = [
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
+PATIENCE_MS = 15_000
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Browser]:
+    """The system's Chromium, started once."""
+    path = shutil.which("chromium")
+    if path is None or find_spec("playwright") is None:
+        missing("Chromium")
+    expect.set_options(timeout=PATIENCE_MS)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, headless=True, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def allowed() -> list[str]:
+    """Parts of console messages that a test expects, as of a server that was killed."""
+    return []
+
+
+@pytest.fixture
+def look() -> dict[str, Any]:
+    """Options of the page: viewport, colour scheme."""
+    return {}
+
+
+@pytest.fixture
+def context(chromium: Browser, look: dict[str, Any], request: Any) -> Iterator[BrowserContext]:
+    """A fresh browser profile."""
+    options: dict[str, Any] = {"viewport": {"width": 1200, "height": 860}, "locale": "en-GB"}
+    options |= look | getattr(request, "param", {})
+    context = chromium.new_context(**options)
+    context.set_default_timeout(PATIENCE_MS)
+    yield context
+    context.close()
+
+
+@pytest.fixture
+def page(context: BrowserContext, allowed: list[str]) -> Iterator[Page]:
+    """A page; a script error, a console message or a breach of the policy fails the test."""
+    page = context.new_page()
+    seen: list[str] = []
+    page.on("console", lambda message: seen.append(f"{message.type}: {message.text}"))
+    page.on("pageerror", lambda error: seen.append(f"error: {error}"))
+    page.add_init_script(
+        "addEventListener('securitypolicyviolation',"
+        " (e) => console.error('policy', e.violatedDirective, e.blockedURI))"
+    )
+    yield page
+    unexpected = [line for line in seen if not any(part in line for part in allowed)]
+    assert unexpected == []
