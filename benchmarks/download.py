@@ -1,0 +1,52 @@
+"""One download at full speed, against nginx sending the same bytes by sendfile.
+
+Claim: ``GET /v1/files/{id}/content`` reaches at least 0.9 x nginx's throughput. The file is in
+memory for both. curl reads it and tells the time.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from benchmarks.common import (
+    HEAD,
+    SIZE,
+    Nginx,
+    Report,
+    Sluice,
+    Way,
+    at_least,
+    compare,
+    curl,
+    main,
+    place,
+    source_file,
+)
+
+
+def measure() -> Report:
+    """Compare both, with the very same file."""
+    with place() as folder, Sluice(folder) as ours, Nginx(folder) as nginx:
+        source = source_file(folder / "source", SIZE)
+        curl("-T", str(source), f"{ours.url}/upload?file_name=big&file_size={SIZE}", "-X", "POST")
+        source.unlink()
+        file = ours.newest_file()
+        os.link(folder / "sluice" / "uploads" / file / "big", nginx.files / "big")
+        figures = compare(
+            [
+                Way("nginx sendfile", nginx.pid, lambda: curl(f"{nginx.url}/big")),
+                Way("Sluice", ours.pid, lambda: curl(f"{ours.url}/v1/files/{file}/content")),
+            ],
+            SIZE,
+        )
+    return Report(
+        "Download",
+        HEAD,
+        [each.row for each in figures],
+        [at_least("Sluice : nginx", figures[-1].ratio, 0.9)],
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(measure))
