@@ -24,7 +24,7 @@ from pathlib import Path
 
 from errors import SluiceError
 
-_SLICE_BYTES = 64 << 20  # freed at once: 4-19 ms on ext4
+_SLICE_BYTES = 16 << 20  # freed at once: 1-5 ms on ext4, 2 ms on tmpfs
 _CALL_BYTES = 1 << 20
 _WRITE_BEHIND_BYTES = 1 << 20
 _RESERVE_BYTES = 16 << 20  # left free for the state, so that a full disk can still be recorded
