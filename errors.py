@@ -76,7 +76,7 @@ CATALOGUE: dict[str, Entry] = {
     "job-cancelling": Entry(409, "The job is being cancelled", False, "Wait until it has ended."),
     "job-live": Entry(409, "The job has not ended", False, "Cancel it first."),
     "version-mismatch": Entry(
-        412, "The job has changed since it was read", True, "Read it again, then decide."
+        412, "It has changed since it was read", True, "Read it again, then decide."
     ),
     "too-large": Entry(413, "The file is larger than allowed", False, "Send a smaller file."),
     "range-not-satisfiable": Entry(

@@ -187,6 +187,7 @@ async def recover(parts: Parts) -> None:
     swept = await parts.blobs.sweep(set(keep))
     if swept:
         log.info("%d unfinished files without a job were removed", swept)
+    parts.services.manager.open()
     parts.services.life.ready = True
 
 

@@ -80,7 +80,11 @@ def host_of(value: str) -> str:
 
 def same_origin(request: HTTPServerRequest, origin: str) -> bool:
     """Whether a page of ``origin`` was served by this service."""
-    return urlsplit(origin).netloc.lower() == request.headers.get("Host", "").lower()
+    try:
+        place = urlsplit(origin).netloc
+    except ValueError:
+        return False
+    return place != "" and place.lower() == request.headers.get("Host", "").lower()
 
 
 def check_site(request: HTTPServerRequest) -> None:

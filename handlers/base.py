@@ -153,6 +153,8 @@ class BaseHandler(RequestHandler):
             raise SluiceError("stopping", retry_after_s=5)
         length, limit = self.body.length, self.services.settings.max_json_bytes
         if not self.method_streams and length is not None and length > limit:
+            if not changes:
+                raise SluiceError("body-unexpected", "GET takes no body; send it by POST.")
             raise SluiceError("body-too-long", f"The body has more than {limit:,} bytes.")
 
     def _body_length(self) -> int | None:
@@ -283,12 +285,8 @@ class BaseHandler(RequestHandler):
         text = self.request.query
         if drop_slash and text.endswith("/"):
             text = text[:-1]
-        try:
-            pairs = parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=100)
-        except ValueError as error:
-            raise SluiceError("bad-request", "The query is no valid UTF-8 or too long.") from error
         values: dict[str, str] = {}
-        for name, value in pairs:
+        for name, value in pairs_of(text):
             if name in values:
                 raise SluiceError("invalid-field", f"{name} is given twice.", field=name)
             if known and name not in known:
@@ -302,7 +300,7 @@ class BaseHandler(RequestHandler):
             return msgspec.json.decode(b"".join(self._collected), type=type)
         except msgspec.ValidationError as error:
             raise invalid(error) from error
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise SluiceError("invalid-json", f"The body is no JSON: {error}.") from error
 
     @property
@@ -361,6 +359,14 @@ class BaseHandler(RequestHandler):
             log.debug("request %s: %s", self.request_id, refusal)
 
 
+def pairs_of(query: str) -> list[tuple[str, str]]:
+    """The parameters of a query, in order. Raises bad-request."""
+    try:
+        return parse_qsl(query, keep_blank_values=True, errors="strict", max_num_fields=100)
+    except ValueError as error:
+        raise SluiceError("bad-request", "The query is no valid UTF-8 or too long.") from error
+
+
 def _refusal(error: Exception) -> SluiceError:
     """Any error as a row of the catalogue."""
     if isinstance(error, SluiceError):
@@ -374,8 +380,6 @@ def _refusal(error: Exception) -> SluiceError:
 class NotFoundHandler(BaseHandler):
     """Answers what no route matches."""
 
-    async def prepare(self) -> None:
-        """Refuse."""
-        await super().prepare()
-        if not self._done:
-            raise SluiceError("not-found", f"Nothing is at {self.request.path[:200]}.")
+    def _check(self) -> None:
+        self.services.hosts.check(self.request)
+        raise SluiceError("not-found", f"Nothing is at {self.request.path[:200]}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from base64 import b64encode
 from email.utils import formatdate
 from typing import Any
 from urllib.parse import quote
@@ -12,7 +13,7 @@ from tornado.iostream import StreamClosedError
 from errors import SluiceError
 from handlers.base import BaseHandler
 from handlers.paging import paging
-from handlers.wire import Sender
+from handlers.wire import Gate, Sender
 from jobs import File, Job
 from jobs.rows import file_row
 from jobs.uploads import ClientGone
@@ -80,7 +81,10 @@ class ContentHandler(BaseHandler):
     async def _send(self, file_id: str) -> None:
         file = await self.services.files.get(file_id, self.caller.owner)
         self.set_header("Cache-Control", "private, max-age=31536000, immutable")
-        if file.etag in _etags(self.request.headers.get("If-None-Match", "")):
+        if not {file.etag, "*"} & _tags(self.request.headers.get("If-Match", "*")):
+            raise SluiceError("version-mismatch", "If-Match names another version of the file.")
+        given = self.request.headers.get("If-None-Match", "")
+        if {file.etag, "*"} & {tag.removeprefix("W/") for tag in _tags(given)}:
             self.set_header("ETag", file.etag)
             self.set_status(304)
             return
@@ -145,7 +149,12 @@ async def send_file(
     A failure after the headers closes the connection short of its Content-Length.
     """
     services = handler.services
-    reader = await services.files.reader(file)
+    try:
+        reader = await services.files.reader(file)
+    except SluiceError as error:
+        if job is not None:
+            await services.downloads.fail(job, error)
+        raise
     handler.set_header("Content-Type", file.media_type)
     handler.set_header("Content-Length", str(end - start))
     handler.set_header("Accept-Ranges", "bytes")
@@ -154,19 +163,19 @@ async def send_file(
     inline = not attachment and file.media_type in _INLINE
     handler.set_header("Content-Disposition", disposition(file.name, not inline))
     if "sha-256" in file.digest:
-        handler.set_header("Repr-Digest", f"sha-256=:{file.digest['sha-256']}:")
+        digest = b64encode(bytes.fromhex(file.digest["sha-256"])).decode()
+        handler.set_header("Repr-Digest", f"sha-256=:{digest}:")
     sender = Sender(handler._connection, services.settings.write_idle_s)
     sending = _Sending(handler, sender)
     try:
         if handler.request.method == "HEAD":
             return
         if job is None:
-            sent = await sending.run(reader, start, end, None)
+            await sending.run(reader, start, end, services.downloads)
         else:
             async with services.downloads.connect(job, sender) as download:
                 await download.checkpoint()  # so that an early end can still be an answer
-                sent = await sending.run(reader, start, end, download)
-        services.downloads.sent_bytes += sent
+                await sending.run(reader, start, end, download)
     except (SluiceError, ClientGone):
         if not sending.begun:
             raise
@@ -183,20 +192,20 @@ class _Sending:
         self._handler = handler
         self._sender = sender
 
-    async def run(self, reader: Any, start: int, end: int, gate: Any) -> int:
+    async def run(self, reader: Any, start: int, end: int, gate: Gate) -> None:
         """Flush the headers, then send."""
         self.begun = True
         try:
             await self._handler.flush()
         except StreamClosedError:
             raise ClientGone from None
-        return await self._sender.send(reader, start, end, self._write, gate)
+        await self._sender.send(reader, start, end, self._write, gate)
 
     async def _write(self, data: bytes) -> None:
         self._handler.write(data)
         await self._handler.flush()
 
 
-def _etags(header: str) -> list[str]:
-    """The validators of an If-None-Match list, compared weakly (RFC 9110 section 13.1.2)."""
-    return [tag.strip().removeprefix("W/") for tag in header.split(",")]
+def _tags(header: str) -> set[str]:
+    """The validators of an If-Match or If-None-Match list (RFC 9110 section 13.1)."""
+    return {tag.strip() for tag in header.split(",")}

@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from datetime import datetime
 from typing import Annotated, Any
-from urllib.parse import parse_qsl
 
 import msgspec
 
 from errors import SluiceError
-from handlers.base import BaseHandler
+from handlers.base import BaseHandler, pairs_of
 from handlers.paging import paging
 from jobs import Filter, Job
 from jobs.rows import event_row, rfc3339
@@ -58,10 +57,9 @@ class JobsHandler(BaseHandler):
         )
 
     def _filters(self) -> tuple[dict[str, list[str]], dict[str, str]]:
-        pairs = parse_qsl(self.request.query, keep_blank_values=True, max_num_fields=100)
         filters: dict[str, list[str]] = {name: [] for name in _FILTERS}
         values: dict[str, str] = {}
-        for name, value in pairs:
+        for name, value in pairs_of(self.request.query):
             if name in filters:
                 filters[name].append(value)
             elif name in ("limit", "after"):
@@ -85,9 +83,11 @@ class JobsHandler(BaseHandler):
             )
         not_before = None
         if asked.not_before is not None:
-            if asked.not_before.tzinfo is None:
+            if asked.not_before.tzinfo is None or not 1970 < asked.not_before.year < 9999:
                 raise SluiceError(
-                    "invalid-field", "not_before needs a time zone.", field="not_before"
+                    "invalid-field",
+                    "not_before needs a time zone, and a year from 1971 to 9998.",
+                    field="not_before",
                 )
             not_before = int(asked.not_before.timestamp() * 1000)
         job, _ = await manager.start(

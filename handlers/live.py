@@ -23,7 +23,7 @@ import msgspec
 from tornado.websocket import WebSocketClosedError, WebSocketHandler
 
 from errors import SluiceError
-from handlers.auth import Caller, identify, same_origin
+from handlers.auth import Caller, check_site, identify, same_origin
 from handlers.base import Services
 from jobs import Filter, Job
 from jobs.events import Select, Subscription, progress_frame, snap_frame
@@ -144,6 +144,7 @@ class LiveHandler(WebSocketHandler):
         services = self.services
         try:
             services.hosts.check(self.request)
+            check_site(self.request)
             self.caller = identify(self.request)
             if not services.life.ready or services.life.stopping:
                 raise SluiceError("stopping" if services.life.stopping else "starting")
@@ -296,8 +297,11 @@ class LiveHandler(WebSocketHandler):
         following: int | None = None
         foreign = select.owner is not None and select.owner != self.caller.owner
         if select.jobs and not foreign:
-            found = [await self._find(job_id) for job_id in select.jobs[:_PAGE]]
-            jobs = [job for job in found if job is not None]
+            begin = after or 0
+            end = begin + _PAGE
+            found = [await self._find(job_id) for job_id in select.jobs[begin:end]]
+            jobs = [job for job in found if job is not None and select.takes(job)]
+            following = end if end < len(select.jobs) else None
         elif not foreign:
             where = Filter(owner=self.caller.owner, kinds=select.kind, states=select.state)
             jobs, following = await manager.find(where, after, _PAGE)
@@ -361,6 +365,10 @@ class LiveHandler(WebSocketHandler):
         if asked.op == "start":
             start = msgspec.convert(asked.args, dict[str, Any])
             kind = str(start.get("kind", ""))
+            if kind in ("upload", "download"):
+                raise SluiceError(
+                    "kind-not-startable", f"{kind} begins with its transfer.", field="kind"
+                )
             params = manager.kinds.parse(kind, start.get("params") or {})
             name = start.get("name")
             job, _ = await manager.start(
@@ -401,8 +409,9 @@ class LiveHandler(WebSocketHandler):
             while True:
                 await self._wait(progress_at, now_at)
                 self._wake.clear()
-                control, self._control = self._control, []
-                await self._send(control)
+                while self._control:  # an event may not overtake the snapshot that it follows
+                    control, self._control = self._control, []
+                    await self._send(control)
                 behind = await self._send_events()
                 now = monotonic()
                 if now >= progress_at and not behind and self._subs:

@@ -137,7 +137,7 @@ class UploadHandler(SimpleHandler):
         await self.services.uploads.check_length(self.size)
         job = await self.block_upload(self.name)
         stored = self.services.uploads.offset(job) if job is not None else 0
-        if self.offset != stored and (job is None or not self.services.uploads.connected(job)):
+        if self.offset != stored:
             raise SluiceError(
                 "offset-mismatch",
                 f"{stored} bytes of {self.name!r} are stored; the block begins at {self.offset}.",
@@ -167,7 +167,7 @@ class UploadHandler(SimpleHandler):
         """All files of a form, or none."""
         uploads = self.services.uploads
         form = Form(self.body, self.content_type)
-        part = await self._file_part(form)
+        part = await self._file_part(form, "file")
         job, _ = await uploads.create(
             clean_name(part.filename, "filename"),
             owner=self.caller.owner,
@@ -200,8 +200,8 @@ class UploadHandler(SimpleHandler):
             ]
         self.reply(answer)
 
-    async def _file_part(self, form: Form) -> Part:
-        part = await form.next_part("file")
+    async def _file_part(self, form: Form, field: str | None) -> Part:
+        part = await form.next_part(field)
         if part is None:
             others = ", ".join(repr(name) for name in form.fields[:10]) or "none"
             raise SluiceError(
@@ -224,22 +224,25 @@ class UploadHandler(SimpleHandler):
             live_name=f"blocks/{caller.client}/{self.name}",
         )
         async with uploads.connect(job, self.body) as upload:
+            if self.size is not None:
+                upload.length = self.size
             before = upload.stored
             block: Body | Part = self.body
             form = Form(self.body, self.content_type) if self.is_form else None
             if form is not None:
-                block = await self._file_part(form)
+                block = await self._file_part(form, None)
             stored = await uploads.append(upload, self.offset, block)
-            if form is not None and await form.next_part("file") is not None:
-                raise SluiceError("multipart-invalid", "A block is one file part, not several.")
-            length = upload.job.transfer.length_bytes if upload.job.transfer else None
-            if not self.complete and stored not in (before, length):
+            if form is not None and await form.next_part(None) is not None:
+                raise SluiceError(
+                    "multipart-invalid", "A block is one file part, not several.", bytes_read=stored
+                )
+            if not self.complete and stored not in (before, upload.length):
                 self.reply({"bytes_read": stored})
                 return
-            if length is not None and stored < length:
+            if upload.length is not None and stored < upload.length:
                 raise SluiceError(
                     "invalid-field",
-                    f"{stored} of {length} bytes are stored: the upload is not complete.",
+                    f"{stored} of {upload.length} bytes are stored: the upload is not complete.",
                     field="is_complete",
                     bytes_read=stored,
                 )
@@ -465,6 +468,7 @@ class ProcessHandler(SimpleHandler):
         values = self.given()
         typed = self.json(dict[str, Any]) if self.has_body else {}
         kind = values.pop("kind", typed.pop("kind", None))
+        kind = None if kind is None else str(kind)
         live = await self._live(name)
         if live is None and is_prefetch(self.request):
             raise SluiceError("prefetch")
@@ -475,7 +479,7 @@ class ProcessHandler(SimpleHandler):
             raise _in_use(name, live)
         params = self._params(kind, values, typed)
         job, created = await manager.start(
-            str(kind or self.services.settings.default_kind),
+            self.services.settings.default_kind if kind is None else kind,
             params,
             owner=owner,
             client=self.caller.client,
@@ -494,11 +498,13 @@ class ProcessHandler(SimpleHandler):
         )
         return next((job for job in found.items if job.transfer is None), None)
 
-    def _params(self, kind: Any, values: dict[str, str], typed: dict[str, Any]) -> dict[str, Any]:
+    def _params(
+        self, kind: str | None, values: dict[str, str], typed: dict[str, Any]
+    ) -> dict[str, Any]:
         kinds, settings = self.services.manager.kinds, self.services.settings
         if kind is None and not values and not typed:
             return kinds.parse(settings.default_kind, settings.default_params)
-        name = str(kind or settings.default_kind)
+        name = settings.default_kind if kind is None else kind
         lists = kinds.lists(name)
         split: dict[str, Any] = {
             key: value.split(",") if key in lists else value for key, value in values.items()

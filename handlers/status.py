@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tornado.web import StaticFileHandler
+from tornado.web import HTTPError, StaticFileHandler
 
 from errors import CATALOGUE, SluiceError
 from handlers.base import SECURITY_HEADERS, BaseHandler, Services
@@ -61,6 +61,13 @@ class ErrorPageHandler(BaseHandler):
 class PageHandler(StaticFileHandler):
     """The dashboard's files, under a strict policy: nothing from another host, nothing inline."""
 
+    def set_default_headers(self) -> None:
+        """Tornado's hook; also called before an error is written."""
+        self.set_header("Server", "Sluice")
+        for name, value in SECURITY_HEADERS.items():
+            self.set_header(name, value)
+        self.set_header("Content-Security-Policy", _PAGE_POLICY)
+
     async def prepare(self) -> None:
         """Refuse a foreign host name."""
         services: Services = self.application.settings["services"]
@@ -72,12 +79,14 @@ class PageHandler(StaticFileHandler):
 
     def set_extra_headers(self, path: str) -> None:
         """Tornado's hook."""
-        for name, value in SECURITY_HEADERS.items():
-            self.set_header(name, value)
-        self.set_header("Content-Security-Policy", _PAGE_POLICY)
         self.set_header("Cache-Control", "no-cache")  # revalidated, so a new version shows at once
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         """Tornado's hook."""
         self.set_header("Content-Type", "text/plain")
         self.finish(f"{status_code}\n")
+
+    def log_exception(self, typ: Any, value: BaseException | None, tb: Any) -> None:
+        """Tornado's hook: a file that is not there is no warning."""
+        if not isinstance(value, HTTPError):
+            super().log_exception(typ, value, tb)

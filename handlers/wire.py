@@ -7,6 +7,7 @@ slower, still right (a unit test notices). Chunked bodies always come that way.
 
 Rules that keep this correct:
 - A connection that waits holds no big buffer: one is borrowed only when bytes are there to read.
+- A fast sender wakes us once for a batch, not for each of its writes.
 - The read future is never cancelled (the stream would leak). To interrupt is to wake the waiter.
 - A sender that is faster than the disk would keep the loop to itself: after each quantum, which
   shrinks as more bodies are read at once, the loop turns.
@@ -23,13 +24,16 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
+import re
 import select
 import socket
 import struct
 import termios
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
+from time import monotonic
 from typing import Any, Protocol
+from urllib.parse import unquote
 
 import multipart
 from tornado.http1connection import HTTP1Connection
@@ -43,12 +47,17 @@ _BIG_BYTES = 1 << 20
 _SMALL_BYTES = 16 << 10
 _TURN_BYTES = 4 << 20  # all bodies together move about this much in one turn of the loop
 _LEAST_BYTES = 64 << 10
+_FILE_BYTES = 2 << 20  # one sendfile call; it copies nothing, and takes no longer than a 1 MiB read
+_TURN_S = 0.001  # how long a body lets others finish what they have begun
+_BATCH_BYTES, _BATCH_S = 256 << 10, 0.05  # what to wait for, and for how long
 _POOL = 16  # big buffers kept for reuse
 
 _DRAIN_ALL_BYTES, _DRAIN_ALL_S = 64 << 20, 5.0
 _DRAIN_SOME_BYTES, _DRAIN_SOME_S = 8 << 20, 2.0
 
 _READ_AHEAD_BYTES = 8 << 20
+
+_EXTENDED_NAME = re.compile(r"(?i);\s*filename\*\s*=\s*utf-8'[^';]*'([^\s;\"]+)")
 
 
 class _Turns:
@@ -61,13 +70,27 @@ class _Turns:
     @property
     def quantum(self) -> int:
         """How much one body may move before the others' turn."""
-        return min(_BIG_BYTES, max(_LEAST_BYTES, _TURN_BYTES // (self._moving + 1)))
+        return min(_BIG_BYTES, self.share)
+
+    @property
+    def share(self) -> int:
+        """The same without the bound of a big buffer."""
+        return max(_LEAST_BYTES, _TURN_BYTES // (self._moving + 1))
 
     async def next(self) -> None:
-        """Let the loop turn."""
+        """Let the loop turn.
+
+        A small request takes several turns, and a piece of a body in each of them would make it
+        slow. So the loop turns on, for a short time, while anything but bodies is ready.
+        (``_ready`` is asyncio's own; a loop without it turns once.)
+        """
+        ready = getattr(asyncio.get_running_loop(), "_ready", ())
+        end = monotonic() + _TURN_S
         self._moving += 1
         try:
             await asyncio.sleep(0)
+            while len(ready) >= self._moving and monotonic() < end:
+                await asyncio.sleep(0)
         finally:
             self._moving -= 1
 
@@ -84,7 +107,9 @@ class _Turns:
 turns = _Turns()
 
 
-_FIXED, _CHUNKED = "_read_fixed_body", "_read_chunked_body"  # private names of Tornado's
+# Private names of Tornado's; each is only used if it is there, and a test says so when it goes.
+_FIXED, _CHUNKED = "_read_fixed_body", "_read_chunked_body"
+_REMAINING = "_expected_content_remaining"
 
 
 def read_body_by(connection: HTTP1Connection, read: Callable[[int, Any], Awaitable[None]]) -> None:
@@ -128,6 +153,9 @@ class Body:
         self._pending: Awaitable[int] | None = None  # a read that was interrupted
         self._small: bytearray | None = None
         self._big: bytearray | None = None
+        self._plain = type(self._stream) is IOStream  # with TLS the kernel counts other bytes
+        self._fast = self._plain
+        self._wakes_at = 1
         self._work = 0
         self._chunk: bytes | None = None  # handed over by data_received
         self._taken: asyncio.Future[None] | None = None
@@ -187,12 +215,17 @@ class Body:
         view = self._buffer(left)
         future = self._stream.read_into(view, partial=True)  # type: ignore[arg-type]
         if not future.done():  # type: ignore[attr-defined]
-            self._waiter = asyncio.get_running_loop().create_future()
+            loop = asyncio.get_running_loop()
+            self._waiter = loop.create_future()
             future.add_done_callback(lambda _: self._wake())  # type: ignore[attr-defined]
+            self._wake_at(min(left, _BATCH_BYTES) if self._fast else 1)
+            timer = loop.call_later(_BATCH_S, self._is_slow) if self._wakes_at > 1 else None
             try:
                 await self._waiter
             finally:
                 self._waiter = None
+                if timer is not None:
+                    timer.cancel()
             if self._error is not None and not future.done():  # type: ignore[attr-defined]
                 self._pending = future
                 raise self._error
@@ -201,7 +234,25 @@ class Body:
         except StreamClosedError:
             raise ClientGone from None
         self.left = left - n
+        self._fast = self._plain and (self._fast or n > _SMALL_BYTES)
+        if n == left:
+            self._wake_at(1)  # the next request on this connection may be short
         return view[:n]
+
+    def _wake_at(self, n: int) -> None:
+        """Let the kernel wake us only when ``n`` bytes have come (SO_RCVLOWAT), or the end.
+
+        A sender that writes 64 KiB at a time would else wake us for each, which on a busy machine
+        costs more than the bytes themselves.
+        """
+        if n != self._wakes_at and not self._stream.closed():
+            self._wakes_at = n
+            self._stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, n)
+
+    def _is_slow(self) -> None:
+        """The sender needs longer for a batch: take what there is."""
+        self._fast = False
+        self._wake_at(1)
 
     def _buffer(self, left: int) -> memoryview:
         """A view to read into: big if bytes are waiting, else small, never beyond the body."""
@@ -277,9 +328,12 @@ class Body:
 
     async def drain(self) -> None:
         """Shut our side, and throw away what still comes, within bounds."""
+        if self._stream.closed():  # the client had gone before it could be answered
+            return
         all_of_it = self.left is not None and self.left <= _DRAIN_ALL_BYTES
         limit_bytes = _DRAIN_ALL_BYTES if all_of_it else _DRAIN_SOME_BYTES
         limit_s = _DRAIN_ALL_S if all_of_it else _DRAIN_SOME_S
+        self._wake_at(1)
         with suppress(OSError):
             self._stream.socket.shutdown(socket.SHUT_WR)
         with suppress(TimeoutError, StreamClosedError):
@@ -362,11 +416,13 @@ class Form:
         self._parser = multipart.PushMultipartParser(
             boundary, max_segment_count=1000, max_header_size=8192
         )
+        self._delimiter = b"\r\n--" + boundary.encode()
+        self._amid = False  # the parser is amid a part, and holds nothing back
         self._events = self._parse()
         self._parsed = -2  # before the first boundary there is no line break
 
-    async def next_part(self, field: str) -> Part | None:
-        """The next file under ``field``, skipping all other parts; None at the end.
+    async def next_part(self, field: str | None) -> Part | None:
+        """The next file under ``field`` (None: any), skipping other parts; None at the end.
 
         Raises multipart-invalid for a malformed or truncated form.
         """
@@ -374,8 +430,9 @@ class Form:
             if not isinstance(event, multipart.MultipartSegment):
                 continue
             self.fields.append(event.name)
-            if event.name == field and event.filename is not None:
-                return Part(self, event.filename)
+            filename = _filename(event)
+            if field in (None, event.name) and filename is not None:
+                return Part(self, filename)
         return None
 
     @property
@@ -386,23 +443,57 @@ class Form:
         return max(0, self.body.length - self._parsed - self._tail_bytes)
 
     async def next_event(self) -> Any:
-        """A segment that begins, bytes of it, None at its end, or the form's end."""
+        """A segment that begins, bytes of it, None at its end, or the form's end.
+
+        The bytes are valid only until the next event is asked for.
+        """
         return await anext(self._events, _END)
 
     async def _parse(self) -> AsyncIterator[Any]:
         parser = self._parser
+        sized = False  # the part tells its length, which the parser checks
         try:
             async for piece in self.body:
+                if self._amid and self._is_content(piece, 0):
+                    self._parsed += len(piece)
+                    yield piece
+                    continue
+                event: Any = None
                 for event in parser.parse(bytes(piece)):
                     if isinstance(event, multipart.MultipartSegment):
+                        sized = event.header("Content-Length") is not None
                         self._parsed += sum(len(n) + len(v) + 4 for n, v in event.headerlist)
                         self._parsed += self._tail_bytes
                     elif event is not None:
                         self._parsed += len(event)
                     yield event
+                tail = len(piece) - len(self._delimiter) - 2
+                amid = isinstance(event, bytes) and tail > 0 and not sized
+                self._amid = amid and self._is_content(piece, tail)
             parser.close()
         except multipart.MultipartError as error:
             raise SluiceError("multipart-invalid", f"The form is malformed: {error}.") from error
+
+    def _is_content(self, piece: memoryview, start: int) -> bool:
+        """Whether no delimiter lies in a piece from ``start`` on, or begins at its end.
+
+        Amid a part such a piece needs no parser, which saves a copy of nearly all bytes.
+        """
+        whole, end = piece.obj, len(piece)  # a piece is the beginning of its buffer
+        assert isinstance(whole, bytes | bytearray)
+        if whole.find(self._delimiter, start, end) >= 0:
+            return False
+        last = whole.rfind(b"\r", max(start, end - len(self._delimiter)), end)
+        return last < 0 or not self._delimiter.startswith(whole[last:end])
+
+
+def _filename(segment: Any) -> str | None:
+    """The name of a part's file. ``filename*``, which RFC 7578 forbids, is sent by some."""
+    unquoted = re.sub('"[^"]*"', '""', segment.header("Content-Disposition", ""))
+    if extended := _EXTENDED_NAME.search(unquoted):
+        with suppress(UnicodeDecodeError):
+            return unquote(extended[1], errors="strict")
+    return segment.filename  # type: ignore[no-any-return]
 
 
 class _End:
@@ -414,6 +505,11 @@ _END = _End()
 
 class Gate(Protocol):
     """What a file on its way out asks between two pieces (see jobs.downloads.Download)."""
+
+    @property
+    def held(self) -> bool:
+        """Whether nothing may leave now."""
+        ...
 
     async def checkpoint(self) -> None:
         """Return when the next piece may leave."""
@@ -494,7 +590,7 @@ class Sender:
         start: int,
         end: int,
         write: Callable[[bytes], Awaitable[None]],
-        gate: Gate | None = None,
+        gate: Gate,
     ) -> int:
         """Send ``[start, end)``; the bytes that were handed to the kernel.
 
@@ -502,12 +598,12 @@ class Sender:
         """
         fd = reader.fileno()
         plain = type(self._stream) is not IOStream or fd is None
-        if plain or not hasattr(self._connection, "_expected_content_remaining"):
+        if plain or not hasattr(self._connection, _REMAINING):
             return await self._send_plain(reader, start, end, write, gate)
         assert fd is not None
         return await self._sendfile(fd, start, end, gate)
 
-    async def _sendfile(self, source: int, start: int, end: int, gate: Gate | None) -> int:
+    async def _sendfile(self, source: int, start: int, end: int, gate: Gate) -> int:
         self.sendfile_used = True
         target = self._stream.socket.fileno()
         at = ahead = start
@@ -515,22 +611,22 @@ class Sender:
         try:
             while at < end:
                 await self._pass(gate)
-                if at >= ahead:
-                    os.posix_fadvise(source, at, _READ_AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
-                    ahead = at + _READ_AHEAD_BYTES // 2
+                if at >= ahead - _READ_AHEAD_BYTES // 2:  # each page is asked for once
+                    os.posix_fadvise(source, ahead, _READ_AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+                    ahead += _READ_AHEAD_BYTES
+                quantum = min(_FILE_BYTES, turns.share)
                 try:
-                    n = os.sendfile(target, source, at, min(end - at, turns.quantum))
+                    n = os.sendfile(target, source, at, min(end - at, quantum))
                 except BlockingIOError:
                     work = 0
-                    await self._wait(target)
+                    await self._wait(target, gate)
                     continue
                 if n == 0:
                     raise SluiceError("storage-failed", "The file is shorter than it was.")
                 at += n
                 work += n
-                if gate is not None:
-                    gate.moved(n)
-                if work >= turns.quantum:
+                gate.moved(n)
+                if work >= quantum:
                     work = 0
                     await turns.next()
         except OSError as error:
@@ -538,7 +634,7 @@ class Sender:
         finally:
             writable.forget(target)
         # Tornado counts what passes through its own write.
-        self._connection._expected_content_remaining = 0
+        setattr(self._connection, _REMAINING, 0)
         return at - start
 
     async def _send_plain(
@@ -547,7 +643,7 @@ class Sender:
         start: int,
         end: int,
         write: Callable[[bytes], Awaitable[None]],
-        gate: Gate | None,
+        gate: Gate,
     ) -> int:
         at = start
         try:
@@ -559,27 +655,28 @@ class Sender:
                 async with asyncio.timeout(self._idle_s):
                     await write(data)
                 at += len(data)
-                if gate is not None:
-                    gate.moved(len(data))
+                gate.moved(len(data))
                 await turns.next()
         except (StreamClosedError, TimeoutError) as error:
             raise ClientGone from error
         return at - start
 
-    async def _pass(self, gate: Gate | None) -> None:
-        if gate is not None:
-            await gate.checkpoint()
+    async def _pass(self, gate: Gate) -> None:
+        await gate.checkpoint()
         if self._error is not None:
             raise self._error
         if self._stream.closed():
             raise ClientGone
 
-    async def _wait(self, fd: int) -> None:
+    async def _wait(self, fd: int, gate: Gate) -> None:
+        """Return when ``fd`` may take more, or when the time is up but the clock stands."""
         self._waiter = asyncio.get_running_loop().create_future()
         try:
             async with asyncio.timeout(self._idle_s):
                 await writable.wait(fd, self._waiter)
         except TimeoutError:
+            if gate.held:
+                return
             raise ClientGone("the reader read nothing for too long") from None
         finally:
             self._waiter = None

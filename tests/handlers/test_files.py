@@ -1,0 +1,313 @@
+"""Stored files: list, look, read whole or in ranges, delete."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.conftest import Serve
+from tests.handlers.clients import UUID7, Caller, Raw
+from tests.harness import FULL, Answer, Server, eventually
+
+DATA = bytes(range(256)) * 4
+BIG_BYTES = (256 if FULL else 16) << 20
+
+
+@pytest.fixture(scope="module")
+def file(site: Server) -> Any:
+    """A stored file of 1024 bytes, as the API describes it."""
+    file_id = Caller(site, "files").store("data.bin", DATA)
+    return site.get(f"/v1/files/{file_id}").json
+
+
+def content(site: Server, file: Any, method: str = "GET", **headers: str) -> Answer:
+    """Ask for the bytes of a file."""
+    return site.request(
+        method,
+        f"/v1/files/{file['id']}/content",
+        headers={k.replace("_", "-"): v for k, v in headers.items()},
+    )
+
+
+def test_a_file_is_described(site: Server, file: Any) -> None:
+    """A file's row has its name, version, size, type, validator, owner and job."""
+    assert UUID7.fullmatch(file["id"])
+    assert file | {"id": "", "job": "", "created_at": "", "etag": ""} == {
+        "id": "",
+        "name": "data.bin",
+        "version": 1,
+        "bytes": 1024,
+        "media_type": "application/octet-stream",
+        "digest": {},
+        "etag": "",
+        "owner": "local",
+        "job": "",
+        "created_at": "",
+        "expires_at": None,
+    }
+    assert site.job(file["job"])["kind"] == "upload"
+    answer = site.get(f"/v1/files/{file['id']}")
+    assert answer.headers["Etag"] == file["etag"]
+    assert file["etag"].startswith('"')
+
+
+def test_files_are_listed_newest_first_and_page_by_page(caller: Caller, name: str) -> None:
+    """Pages follow each other without a gap; name lists the versions of one file."""
+    ids = [caller.store(name, bytes([i])) for i in range(5)]
+    found: list[str] = []
+    after = ""
+    while True:
+        page = caller.get(f"/v1/files?name={name}&limit=2{after}").json
+        found += [file["id"] for file in page["items"]]
+        if page["next"] is None:
+            break
+        assert len(page["items"]) == 2
+        after = f"&after={page['next']}"
+    assert found == ids[::-1]
+    newest = caller.get("/v1/files?limit=1").json["items"][0]
+    assert (newest["id"], newest["version"]) == (ids[-1], 5)
+    assert caller.get("/v1/files?name=none").json == {"items": [], "next": None}
+
+
+@pytest.mark.parametrize(
+    ("query", "field"),
+    [
+        ("limit=0", "limit"),
+        ("limit=501", "limit"),
+        ("limit=x", "limit"),
+        ("limit=", "limit"),
+        ("after=-1", "after"),
+        ("after=x", "after"),
+        ("colour=red", "colour"),
+        ("limit=1&limit=2", "limit"),
+    ],
+)
+def test_a_wrong_list_is_a_400(site: Server, query: str, field: str) -> None:
+    """A parameter that is wrong or unknown is a 400 that names it."""
+    answer = site.get(f"/v1/files?{query}")
+    assert (answer.status, answer.json["field"]) == (400, field)
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/v1/files/none"),
+        ("DELETE", "/v1/files/none"),
+        ("GET", "/v1/files/none/content"),
+        ("HEAD", "/v1/files/none/content"),
+    ],
+)
+def test_an_unknown_file_is_a_404(site: Server, method: str, path: str) -> None:
+    """What is not there can neither be read nor deleted."""
+    assert site.request(method, path).status == 404
+
+
+def test_the_whole_content(site: Server, file: Any) -> None:
+    """Without a range all bytes come, with a validator, and may be kept for ever."""
+    answer = content(site, file)
+    assert (answer.status, answer.body) == (200, DATA)
+    assert answer.headers["Content-Length"] == "1024"
+    assert answer.headers["Accept-Ranges"] == "bytes"
+    assert answer.headers["Etag"] == file["etag"]
+    assert "immutable" in answer.headers["Cache-Control"]
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    assert answer.headers["Last-Modified"].endswith("GMT")
+    assert "Content-Range" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    ("asked", "status", "start", "end"),
+    [
+        ("bytes=0-9", 206, 0, 10),
+        ("bytes=0-0", 206, 0, 1),
+        ("bytes=1000-", 206, 1000, 1024),
+        ("bytes=1023-", 206, 1023, 1024),
+        ("bytes=0-", 206, 0, 1024),
+        ("bytes=0-99999", 206, 0, 1024),
+        ("bytes=-10", 206, 1014, 1024),
+        ("bytes=-5000", 206, 0, 1024),
+        ("bytes= 5 - 9", 206, 5, 10),
+        ("bytes=1024-", 416, 0, 0),
+        ("bytes=5000-6000", 416, 0, 0),
+        ("bytes=-0", 416, 0, 0),
+        ("bytes=9-2", 416, 0, 0),
+        ("bytes=abc", 416, 0, 0),
+        ("bytes=-", 416, 0, 0),
+        ("bytes=", 416, 0, 0),
+        ("bytes=1-2-3", 416, 0, 0),
+        ("bytes=9999999999999999999999-", 416, 0, 0),
+        ("items=0-1", 200, 0, 1024),
+        ("bytes=0-1,4-5", 200, 0, 1024),
+        ("", 200, 0, 1024),
+    ],
+)
+def test_one_range(site: Server, file: Any, asked: str, status: int, start: int, end: int) -> None:
+    """One range gives 206, none that can be met 416; other units and several ranges are ignored."""
+    answer = content(site, file, Range=asked)
+    assert answer.status == status
+    if status == 416:
+        assert answer.headers["Content-Range"] == "bytes */1024"
+        assert answer.json["code"] == "range-not-satisfiable"
+        return
+    assert answer.body == DATA[start:end]
+    assert answer.headers["Content-Length"] == str(end - start)
+    assert answer.headers["Etag"] == file["etag"]
+    assert answer.headers.get("Content-Range") == (
+        f"bytes {start}-{end - 1}/1024" if status == 206 else None
+    )
+
+
+def test_a_range_of_an_empty_file_is_ignored(caller: Caller, name: str) -> None:
+    """Of an empty file any range is the whole file."""
+    file = {"id": caller.store(name, b"")}
+    for asked in ("bytes=0-", "bytes=-5", "bytes=0-0"):
+        answer = content(caller.server, file, Range=asked)
+        assert (answer.status, answer.body, answer.headers["Content-Length"]) == (200, b"", "0")
+
+
+@pytest.mark.parametrize("asked", [{}, {"Range": "bytes=0-9"}, {"Range": "bytes=5000-"}])
+def test_head_is_get_without_a_range_or_body(
+    site: Server, file: Any, asked: dict[str, str]
+) -> None:
+    """HEAD has the headers of the whole file; ranges are for GET only."""
+    answer = content(site, file, "HEAD", **asked)
+    assert (answer.status, answer.body) == (200, b"")
+    assert answer.headers["Content-Length"] == "1024"
+    assert answer.headers["Etag"] == file["etag"]
+    assert "Content-Range" not in answer.headers
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize(
+    ("given", "status"),
+    [
+        ("{}", 304),
+        ("W/{}", 304),
+        ('"other", {}', 304),
+        ("*", 304),
+        ('"other"', 200),
+        ("", 200),
+    ],
+)
+def test_if_none_match(site: Server, file: Any, method: str, given: str, status: int) -> None:
+    """Who has the bytes already is told so, whatever range is asked for."""
+    given = given.format(file["etag"])
+    for asked in ({}, {"Range": "bytes=0-9"}):
+        answer = content(site, file, method, If_None_Match=given, **asked)
+        expected = 206 if status == 200 and asked and method == "GET" else status
+        assert answer.status == expected
+        if status == 304:
+            assert answer.body == b""
+            assert answer.headers["Etag"] == file["etag"]
+
+
+@pytest.mark.parametrize(
+    ("given", "status"),
+    [
+        ("{}", 206),
+        ("W/{}", 200),
+        ('"other"', 200),
+        ("Sat, 21 Nov 2026 20:00:00 GMT", 200),
+        ("", 200),
+    ],
+)
+def test_if_range(site: Server, file: Any, given: str, status: int) -> None:
+    """A range is only sent to who means this very version; others get the whole."""
+    given = given.format(file["etag"])
+    answer = content(site, file, Range="bytes=4-7", If_Range=given)
+    assert answer.status == status
+    assert answer.body == (DATA[4:8] if status == 206 else DATA)
+
+
+@pytest.mark.parametrize(
+    ("given", "status"),
+    [("{}", 200), ("*", 200), ('"other", {}', 200), ('"other"', 412), ("W/{}", 412)],
+)
+def test_if_match(site: Server, file: Any, given: str, status: int) -> None:
+    """Who wants another version than this one gets 412, and no bytes."""
+    answer = content(site, file, If_Match=given.format(file["etag"]))
+    assert answer.status == status
+    if status == 412:
+        assert answer.json["code"] == "version-mismatch"
+
+
+@pytest.mark.parametrize(
+    ("name", "disposition", "media_type"),
+    [
+        ("a.txt", 'inline; filename="a.txt"', "text/plain"),
+        ("a.png", 'inline; filename="a.png"', "image/png"),
+        ("a.html", 'attachment; filename="a.html"', "text/html"),
+        ("a.svg", 'attachment; filename="a.svg"', "image/svg+xml"),
+        ("a.js", 'attachment; filename="a.js"', "text/javascript"),
+        ("a", 'attachment; filename="a"', "application/octet-stream"),
+        ("ü.txt", "inline; filename=\"_.txt\"; filename*=UTF-8''%C3%BC.txt", "text/plain"),
+        (
+            'x"; filename="evil.txt',
+            'inline; filename="x_; filename=_evil.txt"; '
+            "filename*=UTF-8''x%22%3B%20filename%3D%22evil.txt",
+            "text/plain",
+        ),
+        ("100%.txt", "inline; filename=\"100_.txt\"; filename*=UTF-8''100%25.txt", "text/plain"),
+    ],
+)
+def test_a_name_can_not_break_its_header(
+    caller: Caller, name: str, disposition: str, media_type: str
+) -> None:
+    """Any name is written safely, twice; what could run scripts is never shown inline."""
+    file = caller.block(name, 0, b"data", "&is_complete=1").json
+    answer = content(caller.server, file)
+    header = answer.headers["Content-Disposition"]
+    if "filename*" not in disposition:
+        disposition += f"; filename*=UTF-8''{name}"
+    assert header == disposition
+    assert answer.headers["Content-Type"].split(";")[0] == media_type
+    assert answer.body == b"data"
+
+
+def test_a_deleted_file_is_gone(caller: Caller, name: str) -> None:
+    """After a delete neither row nor bytes are left, and the name means the version before."""
+    first, second = caller.store(name, b"1"), caller.store(name, b"2")
+    assert caller.delete(f"/v1/files/{second}").status == 204
+    for path in (f"/v1/files/{second}", f"/v1/files/{second}/content"):
+        assert caller.get(path).json["code"] == "file-unknown"
+    assert caller.delete(f"/v1/files/{second}").status == 404
+    assert not (caller.server.folder / "uploads" / second).exists()
+    assert [file["id"] for file in caller.versions(name)] == [first]
+    assert caller.post("/export", {"filename": name}).body == b"1"
+
+
+def test_a_file_that_is_deleted_while_it_is_read_is_read_to_its_end(
+    caller: Caller, name: str
+) -> None:
+    """A reader that began before the delete gets every byte."""
+    data = bytes(range(256)) * (BIG_BYTES >> 8)
+    file_id = caller.block(name, 0, data, "&is_complete=1").json["id"]
+    with Raw(caller.server, receive_bytes=64 << 10) as raw:
+        raw.head("GET", f"/v1/files/{file_id}/content")
+        assert raw.file.readline() == b"HTTP/1.1 200 OK\r\n"
+        assert caller.delete(f"/v1/files/{file_id}").status == 204
+        assert caller.get(f"/v1/files/{file_id}/content").status == 404
+        while raw.file.readline() != b"\r\n":
+            pass
+        assert raw.file.read(len(data)) == data
+
+
+def test_bytes_on_their_way_out_are_counted_while_they_move(serve: Serve, name: str) -> None:
+    """A download that is under way shows in the rate, not only when it has ended."""
+    caller = Caller(serve(), "c")
+    data = bytes(BIG_BYTES)
+    file_id = caller.block(name, 0, data, "&is_complete=1").json["id"]
+    assert caller.get("/v1/status").json["out_bytes_per_s"] == 0
+    with Raw(caller.server, receive_bytes=64 << 10) as raw:
+        raw.head("GET", f"/v1/files/{file_id}/content")
+        eventually(lambda: caller.get("/v1/status").json["out_bytes_per_s"] > 0, "bytes move")
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE"])
+def test_content_is_only_read(site: Server, file: Any, method: str) -> None:
+    """Other methods than GET and HEAD are a 405 that tells which there are."""
+    answer = site.request(method, f"/v1/files/{file['id']}/content", b"x")
+    assert (answer.status, answer.json["code"]) == (405, "method-not-allowed")
+    assert answer.headers["Allow"] == "GET, HEAD"
+    assert content(site, file).body == DATA

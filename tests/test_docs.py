@@ -1,0 +1,134 @@
+"""What the documentation says is true: its commands run, its links lead somewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import select
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Serve
+from tests.harness import ROOT, Server, eventually
+
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands(page: str) -> list[str]:
+    """The curl lines of a page."""
+    return [
+        line.split("   #")[0].strip()
+        for line in (ROOT / page).read_text().splitlines()
+        if line.startswith("curl ")
+    ]
+
+
+def run(command: str, server: Server, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a line of the documentation against the server."""
+    return subprocess.run(
+        command.replace("localhost:8888", f"127.0.0.1:{server.port}"),
+        shell=True,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+
+
+def test_the_five_lines_of_the_readme_work(server: Server, tmp_path: Path) -> None:
+    """Each curl line of the README does what its comment says."""
+    data = os.urandom(3_000_000)
+    (tmp_path / "big.bin").write_bytes(data)
+    upload, terminate, export, start, pause = commands("README.md")
+    slow = subprocess.Popen(
+        upload.replace("curl", "curl -s --limit-rate 200k").replace(
+            "localhost:8888", f"127.0.0.1:{server.port}"
+        ),
+        shell=True,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+    )
+    eventually(lambda: server.jobs("?state=running"), "the upload runs")
+    assert "terminated" in run(terminate, server, tmp_path).stdout
+    assert b"aborted" in slow.communicate(timeout=30)[0]
+    assert json.loads(run(upload, server, tmp_path).stdout)["bytes"] == len(data)
+    (tmp_path / "big.bin").unlink()
+    run(export, server, tmp_path)
+    assert (tmp_path / "big.bin").read_bytes() == data
+    job = json.loads(run(start, server, tmp_path).stdout)
+    server.wait_for(job["id"], "running")
+    run(pause, server, tmp_path)
+    server.wait_for(job["id"], "paused")
+    server.post("/demo/process/cancel/")
+    server.wait_for(job["id"], "cancelled")
+
+
+def test_the_lines_of_the_simple_api_page_work(server: Server, tmp_path: Path) -> None:
+    """The curl lines of docs/simple-api.md work in the order in which they stand."""
+    data = os.urandom(2 << 20)
+    (tmp_path / "big.bin").write_bytes(data)
+    (tmp_path / "part1").write_bytes(data[: 1 << 20])
+    (tmp_path / "part2").write_bytes(data[1 << 20 :])
+    answers = [json.loads(run(c, server, tmp_path).stdout) for c in commands("docs/simple-api.md")]
+    form, first, where, last, whole = answers
+    assert form["bytes"] == len(data)
+    assert first["bytes_read"] == where["bytes_read"] == 1 << 20
+    assert last["is_complete"] is whole["is_complete"] is True
+    assert server.get(f"/v1/files/{last['id']}/content").body == data
+
+
+def test_the_example_subscriber_sees_an_upload(server: Server, tmp_path: Path) -> None:
+    """The Python client of docs/channel.md prints the transitions of an upload."""
+    text = (ROOT / "docs" / "channel.md").read_text()
+    code = re.search(r"```python\n(.*?)```", text, re.S)
+    assert code is not None
+    script = tmp_path / "client.py"
+    script.write_text(code[1].replace("localhost:8888", f"127.0.0.1:{server.port}"))
+    client = subprocess.Popen(
+        [sys.executable, "-u", str(script)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        eventually(lambda: server.get("/v1/status").json, "the server answers")
+        assert client.stdout is not None
+        name = 0
+        while True:  # until the client has subscribed
+            name += 1
+            server.post(f"/upload?file_name=seen{name}.bin&is_complete=true", b"abc")
+            line = _line_within(client, 0.5)
+            if line:
+                break
+            assert name < 40
+        assert re.fullmatch(r"seen\d+\.bin (running|succeeded)\n", line)
+    finally:
+        client.kill()
+        client.wait()
+        if client.stdout is not None:
+            client.stdout.close()
+
+
+def _line_within(client: subprocess.Popen[str], seconds: float) -> str:
+    assert client.stdout is not None
+    ready, _, _ = select.select([client.stdout], [], [], seconds)
+    return client.stdout.readline() if ready else ""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_pages_that_exist(page: Path) -> None:
+    """A relative link of the documentation names a file of this checkout."""
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+
+
+def test_the_routes_that_the_docs_name_exist(serve: Serve) -> None:
+    """Every /v1 address in docs/rest.md is answered by the service."""
+    server = serve()
+    text = (ROOT / "docs" / "rest.md").read_text()
+    for path in sorted(set(re.findall(r"`(?:GET )(/[a-z0-9/]+)`", text))):
+        if path != "/v1/ws":
+            assert server.get(path).status == 200, path
