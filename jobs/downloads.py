@@ -27,12 +27,18 @@ KIND = "download"
 class Download:
     """A live download."""
 
-    def __init__(self, job: Job, hold_s: float) -> None:
+    def __init__(self, downloads: Downloads, job: Job, hold_s: float) -> None:
         self.job = job
+        self._downloads = downloads
         self.flow = Flow(job.want, hold_s)
         self.meter = Meter("bytes", job.progress)
         self.sent = 0
         self.released = asyncio.Event()
+
+    @property
+    def held(self) -> bool:
+        """Whether nothing may leave now; meanwhile its clocks stand."""
+        return not self.flow.open
 
     async def checkpoint(self) -> None:
         """Return when the next piece may leave; raises what ends the download."""
@@ -42,12 +48,15 @@ class Download:
     def moved(self, n: int) -> None:
         """``n`` more bytes were handed to the kernel."""
         self.sent += n
+        self._downloads.moved(n)
         self.flow.moved_at = monotonic()
         self.meter.mark(self.sent)
 
 
 class Downloads:
-    """The driver of all downloads."""
+    """The driver of all downloads, and the gate of a file that leaves without a job."""
+
+    held = False
 
     def __init__(self, manager: Manager, state: State, *, hold_s: float) -> None:
         self._hold_s = hold_s
@@ -67,6 +76,10 @@ class Downloads:
         )
         return job
 
+    async def fail(self, job: Job, error: SluiceError) -> None:
+        """End a download that could not even begin."""
+        await self._manager.conclude(job.id, Input.FAIL, error=error)
+
     async def ready(self, file: File, *, owner: str, client: str, by: By) -> Job:
         """A job that has succeeded at once, and whose result is that file: nothing is copied."""
         job = await self.create(file, 0, owner=owner, client=client, by=by, protocol="async")
@@ -81,6 +94,13 @@ class Downloads:
         )
         return page.items
 
+    async def checkpoint(self) -> None:
+        """See held."""
+
+    def moved(self, n: int) -> None:
+        """``n`` more bytes have left, with or without a job."""
+        self.sent_bytes += n
+
     @asynccontextmanager
     async def connect(self, job: Job, peer: Peer) -> AsyncIterator[Download]:
         """Let a request send the download; at the end its outcome is committed.
@@ -88,7 +108,7 @@ class Downloads:
         Leaving without an error means that the last byte was handed to the kernel. A cancel
         raises export-terminated in whatever the request waits for.
         """
-        download = Download(job, self._hold_s)
+        download = Download(self, job, self._hold_s)
         download.flow.peer = peer
         self._live[job.id] = download
         current = await self._manager.get(job.id, job.owner)
@@ -101,7 +121,7 @@ class Downloads:
             raise
         else:
             file = job.transfer.file if job.transfer is not None else None
-            await self._manager.report(job.id, Input.FINISH, result=Result(file=file))
+            await self._manager.conclude(job.id, Input.FINISH, result=Result(file=file))
         finally:
             self._live.pop(job.id, None)
             download.released.set()
@@ -110,20 +130,20 @@ class Downloads:
         job_id = download.job.id
         code = error.code if isinstance(error, SluiceError) else ""
         if code == "export-terminated":
-            await self._manager.report(job_id, Input.UNWOUND)
+            await self._manager.conclude(job_id, Input.UNWOUND)
             await self._manager.settled(job_id)
         elif code == "stopping":
             interrupted = SluiceError("interrupted", "The server stopped during the download.")
-            await self._manager.report(job_id, Input.SHUTDOWN, error=interrupted)
+            await self._manager.conclude(job_id, Input.SHUTDOWN, error=interrupted)
         elif isinstance(error, SluiceError):
-            await self._manager.report(job_id, Input.FAIL, error=error)
+            await self._manager.conclude(job_id, Input.FAIL, error=error)
         else:
             gone = isinstance(error, ClientGone)
             failure = SluiceError(
                 "client-gone" if gone else "internal",
                 f"The client went away after {download.sent:,} bytes." if gone else "",
             )
-            await self._manager.report(job_id, Input.FAIL, error=failure)
+            await self._manager.conclude(job_id, Input.FAIL, error=failure)
 
     # For the manager (see Driver)
 

@@ -12,6 +12,7 @@ stamp of the newest one it has sent. So one that sleeps costs nothing and misses
 from __future__ import annotations
 
 import asyncio
+from bisect import bisect_right
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from time import monotonic
@@ -23,7 +24,7 @@ from jobs import states
 from jobs.files import now_ms
 from jobs.manager import Mark
 from jobs.rows import rfc3339
-from storage import Boot, Event, State
+from storage import Boot, Event, Job, State
 
 RING = 4096
 _MARK_S = 60.0
@@ -37,6 +38,12 @@ class Select(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     kind: tuple[str, ...] = ()
     state: tuple[str, ...] = ()
     jobs: tuple[str, ...] = ()
+
+    def takes(self, job: Job) -> bool:
+        """Whether a job as it is now belongs to it."""
+        return (not self.kind or job.kind in self.kind) and (
+            not self.state or job.state in self.state
+        )
 
 
 class Hub:
@@ -96,7 +103,8 @@ class Hub:
         if seq >= self.seq:
             return []
         if self._ring and self._ring[0].seq <= seq + 1:
-            begin = seq + 1 - self._ring[0].seq
+            # By search: the events of a deleted job leave holes in the numbers.
+            begin = bisect_right(self._ring, seq, key=lambda event: event.seq)
             return [self._ring[i] for i in range(begin, min(begin + n, len(self._ring)))]
         return await self._state.events(seq, n)
 
@@ -137,6 +145,7 @@ class Subscription:
         select = self.select
         return (
             event.owner == self.owner
+            and select.owner in (None, event.owner)
             and (not select.kind or event.kind in select.kind)
             and (not select.jobs or event.job in select.jobs)
             and (not select.state or event.to in select.state or event.from_ in select.state)
@@ -147,6 +156,7 @@ class Subscription:
         select = self.select
         return (
             mark.owner == self.owner
+            and select.owner in (None, mark.owner)
             and (not select.kind or mark.kind in select.kind)
             and (not select.jobs or mark.job in select.jobs)
             and (not select.state or mark.state in select.state)

@@ -45,6 +45,8 @@ _TICK_S = 0.1  # how often progress is told
 _TICKS_A_SAVE = 10  # and how much rarer it is saved
 _RETENTION_S = 60.0
 _BATCH = 100  # transitions committed together at start-up
+_CONCLUDE_S = 2.0  # that a request waits for the commit of its outcome
+_AGAIN_S = 1.0  # before a report that could not be committed is tried again
 
 
 class Mark(NamedTuple):
@@ -136,7 +138,7 @@ class Manager:
         self._rollbacks: dict[str, asyncio.Task[None]] = {}
         self._waiters: dict[str, list[asyncio.Future[None]]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._claiming = False
+        self._claiming: asyncio.Task[None] | None = None
         self._claim_again = False
         self._due_timer: asyncio.TimerHandle | None = None
         self._open = False
@@ -266,7 +268,10 @@ class Manager:
         _check_version(job, if_version)
         if job.state not in states.FINAL:
             raise SluiceError("job-live", f"The job is {job.state}.", job=job.id)
-        await self._delete(job, by.actor, "deleted")
+        try:
+            await self._delete(job, by.actor, "deleted")
+        except Stale:  # an ended job moves no more: somebody else has deleted it
+            raise _unknown(job_id) from None
 
     async def get(self, job_id: str, owner: str) -> Job:
         """A job. Raises job-unknown."""
@@ -344,6 +349,28 @@ class Manager:
             return None
         return done[0] if done else None
 
+    async def insist(self, job_id: str, input: Input, **facts: Any) -> Job | None:
+        """``report`` until it is committed: a job whose end was not written down has no other."""
+        while True:
+            try:
+                return await self.report(job_id, input, **facts)
+            except SluiceError as error:
+                log.warning("job %s: %s could not be committed: %s", job_id, input.value, error)
+            await asyncio.sleep(_AGAIN_S)
+
+    async def conclude(self, job_id: str, input: Input, **facts: Any) -> None:
+        """``insist``, for a request: it waits for the commit, but not for a disk."""
+        await asyncio.wait([self.spawn(self.insist(job_id, input, **facts))], timeout=_CONCLUDE_S)
+
+    async def undone(self, job_id: str, rollback: Rollback) -> None:
+        """A rollback has moved on: tell it, and let its deadline begin anew."""
+        deadline_at = now_ms() + int(self.limits.warn_s * 1000)
+        await self.note(
+            job_id, "undone", rollback=rollback, deadline_at=deadline_at, deadline_step=0
+        )
+        if (job := self._active.get(job_id)) is not None:
+            self._alarm(job)
+
     async def note(self, job_id: str, cause: str, **change: Any) -> None:
         """Log an event that is no transition; ``change`` are fields of the row."""
         while True:
@@ -385,14 +412,14 @@ class Manager:
     # Life
 
     async def recover(self) -> list[str]:
-        """Put right what an earlier incarnation left, then accept work; the blobs still needed.
+        """Put right what an earlier incarnation left; the blobs that are still needed.
 
         running → queued, pausing → paused, cancelling → undone → cancelled; a transfer that lives
-        on its connection has failed. Each with its event.
+        on its connection has failed. Each with its event. Nothing starts before ``open``, so that
+        blobs that nobody needs can be swept in between.
         """
         keep: list[str] = []
         after: int | None = None
-        self._open = True
         while True:
             page = await self._state.find(Filter(live=True), after, _BATCH)
             found = [job for job in page.items if job.incarnation < self._boot.incarnation]
@@ -401,11 +428,15 @@ class Manager:
             if page.next is None:
                 break
             after = page.next
-        self._tick_task = self.spawn(self._tick())
+        return keep
+
+    def open(self) -> None:
+        """Take work, after ``recover``."""
+        self._open = True
+        self.spawn(self._tick())
         self.spawn(self._retain())
         self._watch_due()
         self._kick()
-        return keep
 
     async def close(self, grace_s: float) -> None:
         """Bring every live job to a checkpoint, at most ``grace_s`` long, and stop."""
@@ -413,6 +444,8 @@ class Manager:
         drivers = set(self._drivers.values())
         try:
             async with asyncio.timeout(grace_s):
+                if self._claiming is not None:  # what it starts must be stopped, too
+                    await asyncio.wait([self._claiming])
                 await asyncio.gather(*(driver.stop() for driver in drivers))
         except TimeoutError:
             log.warning("some jobs reached no checkpoint in %.0f s", grace_s)
@@ -595,7 +628,7 @@ class Manager:
     def _signal(self, job: Job) -> None:
         live = self._driver(job).signal(job)
         if not live and job.state in (states.PAUSING, states.CANCELLING):
-            self.spawn(self.report(job.id, Input.UNWOUND))
+            self.spawn(self.insist(job.id, Input.UNWOUND))
 
     def _alarm(self, job: Job) -> None:
         if job.deadline_at is None:
@@ -614,7 +647,7 @@ class Manager:
 
     async def _deadline(self, job_id: str) -> None:
         """Report a deadline; if the clock was set back it is not due yet, so watch on."""
-        if await self.report(job_id, Input.DEADLINE) is None:
+        if await self.insist(job_id, Input.DEADLINE) is None:
             job = await self._state.get(job_id)
             if job is not None and job.deadline_at is not None and job_id not in self._alarms:
                 self._alarm(job)
@@ -627,18 +660,23 @@ class Manager:
         task.add_done_callback(lambda _: self._rollbacks.pop(job.id, None))
 
     async def _rollback(self, job: Job) -> None:
-        rollback = await self._driver(job).rollback(job)
-        await self.report(job.id, Input.UNDONE, rollback=rollback)
+        while True:
+            try:
+                rollback = await self._driver(job).rollback(job)
+                await self.report(job.id, Input.UNDONE, rollback=rollback)
+                return
+            except SluiceError as error:
+                log.warning("job %s could not be rolled back: %s", job.id, error)
+            await asyncio.sleep(_AGAIN_S)
 
     # Slots
 
     def _kick(self) -> None:
         """Look for jobs that can start, now and not twice at once."""
-        if self._claiming:
+        if self._claiming is not None:
             self._claim_again = True
         elif self._open and len(self._slots) < self.limits.slots:
-            self._claiming = True
-            self.spawn(self._claim())
+            self._claiming = self.spawn(self._claim())
 
     async def _claim(self) -> None:
         try:
@@ -649,12 +687,15 @@ class Manager:
                 await asyncio.gather(*(self._begin(job) for job in leased))
                 if not leased and not self._claim_again:
                     return
+        except SluiceError as error:
+            log.warning("no job could be claimed: %s", error)
+            asyncio.get_running_loop().call_later(_AGAIN_S, self._kick)
         finally:
-            self._claiming = False
+            self._claiming = None
 
     async def _begin(self, job: Job) -> None:
         """Commit the claim of a leased job; one that was taken back frees its slot."""
-        started = await self.report(job.id, Input.CLAIM, fence=job.fence)
+        started = await self.insist(job.id, Input.CLAIM, fence=job.fence)
         if started is None:
             self._slots.discard(job.id)
 
@@ -669,9 +710,12 @@ class Manager:
     async def _due(self) -> None:
         """Queue the scheduled jobs whose time has come; look again when the next one's comes."""
         jobs, following = await self._state.due(now_ms())
-        for job in jobs:
-            await self.report(job.id, Input.RETRY_AT if job.attempt > 1 else Input.DUE)
-        if following is not None:
+        await asyncio.gather(
+            *(self.insist(job.id, Input.RETRY_AT if job.attempt > 1 else Input.DUE) for job in jobs)
+        )
+        if jobs:  # there may be more than one look takes
+            self._watch_due()
+        elif following is not None:
             delay_s = min(3600.0, max(0.01, (following - now_ms()) / 1000))
             loop = asyncio.get_running_loop()
             if self._due_timer is not None:
@@ -693,7 +737,13 @@ class Manager:
             if marks:
                 await self._state.progress_out(marks)
             if tick % _TICKS_A_SAVE == 0:
-                await asyncio.gather(*(driver.save() for driver in set(self._drivers.values())))
+                await self._save()
+
+    async def _save(self) -> None:
+        saves = [driver.save() for driver in set(self._drivers.values())]
+        for result in await asyncio.gather(*saves, return_exceptions=True):
+            if isinstance(result, Exception):  # the fault of one must not stop the clock of all
+                log.error("a driver could not save", exc_info=result)
 
     async def _retain(self) -> None:
         """Forget jobs that ended long ago."""

@@ -14,6 +14,7 @@ from storage import Progress
 _HALF_LIFE_S = 2.0
 _SAMPLE_S = 0.1
 _ETA_AFTER_S = 3.0
+_ETA_MOST_S = 1e9  # a job that would take longer stands still
 
 
 class Meter:
@@ -119,6 +120,8 @@ class Meter:
         if self.total is None or not self._rate or self._active_s < _ETA_AFTER_S:
             return None
         left = max(0, self.total - self.done)
+        if self._rate * _ETA_MOST_S < left:
+            return None
         low = left / (self._rate + self._spread)
         high = left / max(self._rate - self._spread, self._rate / 10)
         return round(low, 1), round(high, 1)

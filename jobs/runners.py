@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import types
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Coroutine, Generator, Iterable, Mapping, Sequence
 from time import monotonic, perf_counter
 from typing import Any
 
@@ -27,7 +28,7 @@ from jobs.files import Files, media_type_of, now_ms, uuid7
 from jobs.kinds import JobCancelled, JobPaused, Kind
 from jobs.manager import Glance, Manager
 from jobs.progress import Meter
-from jobs.states import Input
+from jobs.states import FINAL, RUNNING, SUCCEEDED, Input
 from storage import (
     Artifact,
     Blobs,
@@ -55,6 +56,8 @@ _UNDO_TRIES = 3
 _UNDO_S = 60.0
 _NOTE_S = 0.25
 _MAX_UNDO = 10_000
+_AGAIN_S = 1.0  # before a cursor that could not be saved is tried again
+_LAST_S = 0.5  # for those that must be cancelled at a stop
 
 
 class Lane:
@@ -124,8 +127,8 @@ class _Tables:
         self._tables = tables
 
     async def write(self, table: str, rows: Sequence[Mapping[str, object]], cursor: Any) -> None:
-        await self._tables.write(self._process.job_id, table, rows, cursor)
-        self._process.cursor_saved(cursor)
+        mark = await self._process.mark(cursor)
+        await self._tables.write(self._process.job_id, table, rows, mark)
 
 
 class Process:
@@ -144,10 +147,9 @@ class Process:
         self.fence = job.fence
         self.want = "run"
         self.parked = False  # it has given its slot back; only a new claim lets it go on
-        saved = job.cursor or {}
-        self.cold = False  # its frame is being unwound
-        self._mark: dict[str, Any] = saved
-        self.cursor: Any = saved.get("cursor")
+        self.over = False  # its frame is ending; only a new one can go on
+        self._mark: dict[str, Any] = job.cursor or {}
+        self.cursor: Any = self._mark.get("cursor")
         self._artifacts: dict[str, _Artifact] = {}
         self._offsets: dict[str, int] = {}  # of the artefacts, at the last cursor
         self._journal = list(job.undo)
@@ -170,21 +172,15 @@ class Process:
         message: str | None = None,
     ) -> None:
         if cursor is not None:
-            self.cursor = cursor
-            self._dirty = True
-            if self._artifacts:
-                self._offsets = {name: a.offset for name, a in self._artifacts.items()}
+            self._set_cursor(cursor)
         self.meter.mark(done, total, phase, message)
         if self.want == "run" and perf_counter() - self._resumed < _SLICE_S:
             return
-        self._watch_step()
         if self.want == "run":
             await self._wait(self._runners.lane.turn())
         await self._obey()
-        self._resumed = perf_counter()
 
     async def sleep(self, seconds: float) -> None:
-        loop = asyncio.get_running_loop()
         end = monotonic() + seconds
         while True:
             if self.want != "run":
@@ -192,11 +188,7 @@ class Process:
             left_s = end - monotonic()
             if left_s <= 0:
                 break
-            nap = loop.create_future()
-            timer = loop.call_later(left_s, _done, nap)
-            await self._wait(nap)
-            timer.cancel()
-        self._resumed = perf_counter()
+            await self._wait_s(left_s)
 
     async def undo(self, name: str, **args: Any) -> None:
         if name not in self._kind.undo:
@@ -205,7 +197,6 @@ class Process:
             raise RuntimeError(f"more than {_MAX_UNDO} entries in the undo journal")
         self._journal.append(Undo(name=name, args=args))
         await self._runners.state.save(self.job_id, self.fence, undo=tuple(self._journal))
-        self._resumed = perf_counter()
 
     def log(self, line: str) -> None:
         if len(self._lines) < _LOG_BUFFER:
@@ -223,7 +214,6 @@ class Process:
         self._artifacts[name] = made
         self._offsets[name] = offset
         await self._save_cursor()  # so that the blob is known before it has bytes
-        self._resumed = perf_counter()
         return made
 
     # For the driver
@@ -235,26 +225,21 @@ class Process:
             _done(self._nap)
 
     def resume(self, job: Job) -> None:
-        """Go on after a warm pause, with a new lease."""
+        """Let the frame that is still here go on, with a new lease."""
         self.fence = job.fence
         self._job = job
         self.parked = False
         self.wake("run")
 
-    def cursor_saved(self, cursor: Any) -> None:
-        """The cursor has been committed elsewhere, with the rows it stands for."""
-        self.cursor = cursor
-        self._dirty = True
+    async def mark(self, cursor: Any) -> dict[str, Any]:
+        """A new cursor with what belongs to it, to be committed with the rows it stands for."""
+        self._set_cursor(cursor)
+        return await self._make_mark()
 
     async def save(self) -> None:
         """Store cursor, progress and log lines, if they have changed."""
-        if self._lines:
-            lines, self._lines = self._lines, []
-            if self._dropped:
-                lines.append(f"({self._dropped} lines were dropped: too many at once)")
-                self._dropped = 0
-            await self._runners.state.log(self.job_id, lines, now_ms())
-        if self._dirty and not self.parked:
+        await self._flush_log()
+        if self._dirty and not (self.parked or self.over):
             await self._save_cursor()
 
     # Inside
@@ -265,6 +250,15 @@ class Process:
             await future
         finally:
             self._nap = None
+
+    async def _wait_s(self, seconds: float) -> None:
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        timer = loop.call_later(seconds, _done, future)
+        try:
+            await self._wait(future)
+        finally:
+            timer.cancel()
 
     def _watch_step(self) -> None:
         step_s = perf_counter() - self._resumed
@@ -278,7 +272,14 @@ class Process:
         while self.want != "run":
             if self.want == "cancel":
                 raise JobCancelled
-            await self._save_cursor()
+            try:
+                await self._save_cursor()
+            except SluiceError as error:
+                if error.code == "kind-failed":
+                    raise
+                log.warning("job %s can't pause yet: %s", self.job_id, error)
+                await self._wait_s(_AGAIN_S)
+                continue
             if self.want == "stop":
                 raise JobPaused
             if self.want == "pause":
@@ -288,60 +289,77 @@ class Process:
         """Give the slot back and keep the frame, until a claim, a cancel, or the pause is cold."""
         self.parked = True
         self.meter.hold()
-        await self._runners.manager.report(self.job_id, Input.UNWOUND, fence=self.fence)
-        loop = asyncio.get_running_loop()
+        await self._tell(Input.UNWOUND, fence=self.fence)
         cold = monotonic() + self._runners.warm_s
         while self.parked and self.want not in ("cancel", "stop"):
             left_s = cold - monotonic()
             if left_s <= 0:
                 break
-            nap = loop.create_future()
-            timer = loop.call_later(left_s, _done, nap)
-            await self._wait(nap)
-            timer.cancel()
+            await self._wait_s(left_s)
         if self.parked and self.want != "cancel":
-            self.cold = True
+            self.over = True
             raise JobPaused
 
+    def _set_cursor(self, cursor: Any) -> None:
+        self.cursor = cursor
+        self._dirty = True
+        if self._artifacts:
+            self._offsets = {name: a.offset for name, a in self._artifacts.items()}
+
     async def _save_cursor(self) -> None:
-        """Make the cursor durable, with the artefacts' lengths that belong to it."""
+        """Make the cursor durable, with what belongs to it."""
         self._dirty = False
-        mark = {
-            "v": self._kind.cursor_version,
-            "cursor": self.cursor,
-            "artifacts": {
-                name: {
-                    "blob": artifact.blob,
-                    "bytes": self._offsets.get(name, 0),
-                    "media_type": artifact.media_type,
-                }
-                for name, artifact in self._artifacts.items()
-            },
-        }
-        if len(msgspec.json.encode(self.cursor)) > _CURSOR_BYTES:
-            raise SluiceError("kind-failed", "The cursor is longer than 64 KiB.")
-        for artifact in list(self._artifacts.values()):
-            await artifact.writer.sync()
+        mark = await self._make_mark()
         await self._runners.state.save(
             self.job_id, self.fence, cursor=mark, progress=self.meter.progress()
         )
+
+    async def _make_mark(self) -> dict[str, Any]:
+        """The cursor and the artefacts' lengths at it; also of those not opened again so far."""
+        opened = {
+            name: {
+                "blob": artifact.blob,
+                "bytes": self._offsets.get(name, 0),
+                "media_type": artifact.media_type,
+            }
+            for name, artifact in self._artifacts.items()
+        }
+        mark = {
+            "v": self._kind.cursor_version,
+            "cursor": self.cursor,
+            "artifacts": self._mark.get("artifacts", {}) | opened,
+        }
+        try:
+            size = len(msgspec.json.encode(self.cursor))
+        except (TypeError, ValueError) as error:
+            raise SluiceError("kind-failed", f"The cursor is no JSON: {error}.") from error
+        if size > _CURSOR_BYTES:
+            raise SluiceError("kind-failed", "The cursor is longer than 64 KiB.")
         self._mark = mark
+        for artifact in list(self._artifacts.values()):
+            await artifact.writer.sync()
+        return mark
 
     async def _run(self) -> None:
         """The whole life of the process; reports its end."""
-        manager, fence = self._runners.manager, self.fence
         try:
             await self._prepare()
             params = msgspec.convert(self._job.params, self._kind.params)
-            data = await self._kind.run(self, params)
+            data = await self._stepped(self._kind.run(self, params))
+            self.over = True
             await self._finish(data or {})
         except JobPaused:
-            if self.want == "stop" and not self.parked:
-                await manager.report(self.job_id, Input.SHUTDOWN, fence=self.fence)
+            self.over = True
+            if not self.parked:
+                stopped = self.want == "stop"
+                await self._tell(Input.SHUTDOWN if stopped else Input.UNWOUND, fence=self.fence)
         except (JobCancelled, asyncio.CancelledError):
-            await manager.report(self.job_id, Input.UNWOUND, fence=None)
+            self.over = True
+            if self._runners.closed:  # the next start puts it right
+                return
+            await self._tell(Input.UNWOUND)
         except Fenced:
-            log.warning("job %s lost its lease (fence %d)", self.job_id, fence)
+            log.warning("job %s lost its lease (fence %d)", self.job_id, self.fence)
         except SluiceError as error:
             await self._fail(error)
         except Exception as error:
@@ -350,24 +368,51 @@ class Process:
             self.log(f"{type(error).__name__}: {error}")
             await self._fail(SluiceError("kind-failed", detail))
         finally:
-            for artifact in self._artifacts.values():
-                await artifact.writer.close()
-            await self._flush_log()
+            await self._let_go()
+
+    @types.coroutine
+    def _stepped(self, work: Coroutine[Any, Any, Any]) -> Generator[Any, Any, Any]:
+        """Drive ``work``: whenever it gets the loop, and be it by itself, a new slice begins."""
+        resume, value = work.send, None
+        while True:
+            self._resumed = perf_counter()
+            try:
+                pending = resume(value)
+            except StopIteration as end:
+                return end.value
+            finally:
+                self._watch_step()
+            try:
+                value = yield pending
+                resume = work.send
+            except BaseException as error:
+                resume, value = work.throw, error
+
+    async def _tell(self, input: Input, **facts: Any) -> Job | None:
+        """Report; also by one that is being cancelled, as what follows a commit must happen."""
+        manager = self._runners.manager
+        return await asyncio.shield(manager.spawn(manager.insist(self.job_id, input, **facts)))
 
     async def _prepare(self) -> None:
-        """Check the cursor's version; where rows were written, their own cursor wins."""
+        """Find where to go on; where rows were written, the cursor that came with them wins."""
+        if "tables" in self._kind.needs:
+            found, mark = await self._runners.tables.cursor(self.job_id)
+            if found:  # of artefacts that were opened after it, nothing counts
+                known = self._mark.get("artifacts", {})
+                unknown = {name: artifact | {"bytes": 0} for name, artifact in known.items()}
+                self._mark = mark | {"artifacts": unknown | mark["artifacts"]}
+                self.cursor = mark["cursor"]
+        if not self._kind.resumable:
+            for artifact in self._mark.get("artifacts", {}).values():
+                await self._runners.blobs.discard(artifact["blob"])
+            self.cursor, self._mark = None, {}
         if self._mark and self._mark.get("v") != self._kind.cursor_version:
             raise SluiceError("cursor-incompatible")
-        if "tables" in self._kind.needs:
-            found, cursor = await self._runners.tables.cursor(self.job_id)
-            if found:
-                self.cursor = cursor
-        if not self._kind.resumable:
-            self.cursor = None
-            self._mark = {}
 
     async def _finish(self, data: dict[str, Any]) -> None:
         files, artifacts = [], []
+        for name, known in self._mark.get("artifacts", {}).items():
+            await self.artifact(name, known["media_type"])
         for artifact in self._artifacts.values():
             await artifact.writer.sync()
             await artifact.writer.close()
@@ -392,23 +437,45 @@ class Process:
                 )
             )
         await self._flush_log()
-        await self._runners.manager.report(
-            self.job_id,
+        done = await self._tell(
             Input.FINISH,
             fence=self.fence,
             files=files,
             result=Result(data=data),
             artifacts=tuple(artifacts),
         )
+        if done is not None and done.state == SUCCEEDED:
+            self._artifacts.clear()
+        for artifact in self._artifacts.values():  # the end came too late
+            await self._runners.blobs.unpublish(artifact.blob)
 
     async def _fail(self, error: SluiceError) -> None:
+        self.over = True
         await self._flush_log()
-        await self._runners.manager.report(self.job_id, Input.FAIL, fence=self.fence, error=error)
+        await self._tell(Input.FAIL, fence=self.fence, error=error)
+
+    async def _let_go(self) -> None:
+        """Close everything; a job that was ended by force meanwhile leaves no artefacts."""
+        for artifact in self._artifacts.values():
+            await artifact.writer.close()
+        if self._runners.closed:
+            return
+        await self._flush_log()
+        now = await self._runners.state.get(self.job_id)
+        if now is None or now.state in FINAL:
+            for artifact in self._artifacts.values():
+                await self._runners.blobs.discard(artifact.blob)
 
     async def _flush_log(self) -> None:
         lines, self._lines = self._lines, []
+        if self._dropped:
+            lines.append(f"({self._dropped} lines were dropped: too many at once)")
+            self._dropped = 0
         if lines:
-            await self._runners.state.log(self.job_id, lines, now_ms())
+            try:
+                await self._runners.state.log(self.job_id, lines, now_ms())
+            except SluiceError as error:
+                log.warning("job %s: its log could not be saved: %s", self.job_id, error)
 
 
 class Runners:
@@ -431,20 +498,30 @@ class Runners:
         self.tables = tables
         self.warm_s = warm_s
         self.lane = Lane()
+        self.closed = False
         self._live: dict[str, Process] = {}
         manager.use(self)
 
     def start(self, job: Job) -> None:
-        """See Driver: go on after a warm pause, else begin at the cursor."""
+        """See Driver: go on in the frame that is still here, else begin at the cursor."""
         process = self._live.get(job.id)
-        if process is None:
+        if process is None or process.task.done():
             self._begin(job)
-        elif process.parked and not process.cold and not process.task.done():
+        elif not process.over:  # it was paused warm, or by force without having noticed
             process.resume(job)
-        else:  # a frame that is still unwinding
-            process.task.add_done_callback(lambda _: self._begin(job))
+        else:
+            self.manager.spawn(self._begin_after(process, job))
+
+    async def _begin_after(self, process: Process, job: Job) -> None:
+        """Begin when the old frame has ended, if that is then still wanted."""
+        await asyncio.wait([process.task])
+        now = await self.state.get(job.id)
+        if now is not None and now.state == RUNNING and now.fence == job.fence:
+            self._begin(now)
 
     def _begin(self, job: Job) -> None:
+        if self.closed:
+            return
         kind = self.manager.kinds.get(job.kind)
         assert kind is not None
         process = Process(self, job, kind)
@@ -463,7 +540,7 @@ class Runners:
         process = self._live.get(job.id)
         if process is None or process.task.done():
             return False
-        if process.parked and job.want == "pause":
+        if process.parked and (process.over or job.want == "pause"):
             return False
         if not (process.parked and job.want == "run"):
             process.wake(job.want)
@@ -472,7 +549,7 @@ class Runners:
     def force(self, job: Job) -> None:
         """See Driver."""
         process = self._live.get(job.id)
-        if process is not None:
+        if process is not None and not process.over:
             process.task.cancel()
 
     async def rollback(self, job: Job) -> Rollback | None:
@@ -495,7 +572,7 @@ class Runners:
             if monotonic() - noted > _NOTE_S:
                 noted = monotonic()
                 summary = Rollback(done=done, total=before.total, failed=failed)
-                await self.manager.note(now.id, "undone", rollback=summary)
+                await self.manager.undone(now.id, summary)
         await self.discard(now)
         if before.total == 0:
             return None
@@ -537,11 +614,21 @@ class Runners:
 
     async def stop(self) -> None:
         """See Driver."""
-        processes = [p for p in self._live.values() if not p.task.done()]
-        for process in processes:
-            process.wake("stop" if process.want != "cancel" else "cancel")
-        if processes:
-            await asyncio.wait([process.task for process in processes])
+        try:
+            while processes := self._unfinished():
+                for process in processes:
+                    process.wake("stop" if process.want != "cancel" else "cancel")
+                await asyncio.wait([process.task for process in processes])
+        finally:  # the grace may be over
+            self.closed = True
+            left = [process.task for process in self._unfinished()]
+            for task in left:
+                task.cancel()
+            if left:
+                await asyncio.wait(left, timeout=_LAST_S)
+
+    def _unfinished(self) -> list[Process]:
+        return [process for process in self._live.values() if not process.task.done()]
 
 
 def _done(future: asyncio.Future[None]) -> None:

@@ -46,6 +46,8 @@ log = logging.getLogger("sluice.uploads")
 KIND = "upload"
 
 _SAVE_BYTES = 64 << 20  # stored between two commits of a long request, at most
+_RESERVE_BYTES = 16 << 20  # of the disk, left for the state: else not even a cancel could be noted
+_CHECK_BYTES = 1 << 20  # written between two looks at that
 _STALLED_S = 12.0  # shown as stalled
 _EXPIRY_BATCH = 200
 
@@ -87,10 +89,12 @@ class Upload:
         self.meter = Meter("bytes", job.progress)
         self.parts: list[dict[str, Any]] = [dict(part) for part in job.cursor["blobs"]]
         self.writer: Writer | None = None
+        self.length = job.transfer.length_bytes if job.transfer is not None else None
         self.received = job.stored_bytes
         self.stored = job.stored_bytes  # written; committed at each save
         self.saved = job.stored_bytes
         self.durable = self.durable_saved = job.durable_bytes
+        self.check_at = 0  # stored bytes at which the room is looked at again
         self.finishing = False
         self.released = asyncio.Event()
         self.meter.mark(job.stored_bytes)
@@ -155,7 +159,7 @@ class Uploads:
             raise SluiceError(
                 "too-large", f"At most {self.limits.max_bytes:,} bytes are taken, not {length:,}."
             )
-        if length > await self._blobs.free_bytes():
+        if length > await self._blobs.free_bytes() - _RESERVE_BYTES:
             raise SluiceError("disk-full", f"There is no room for {length:,} bytes.")
 
     async def find(self, owner: str, client: str, name: str | None = None) -> list[Job]:
@@ -201,6 +205,9 @@ class Uploads:
             await self._release(upload)
         finally:
             self._forget(upload)
+            if upload.finishing or upload.flow.error is not None:
+                # A pause or a cancel that came during the last commits was left to this request.
+                await self._manager.conclude(job.id, Input.UNWOUND)
 
     async def append(self, upload: Upload, offset: int, pieces: Pieces) -> int:
         """Write pieces from ``offset`` on; the offset after them, committed.
@@ -224,10 +231,15 @@ class Uploads:
         flow = upload.flow
         if not flow.open:
             await flow.checkpoint()
-        length = upload.job.transfer.length_bytes if upload.job.transfer else None
-        limit = self.limits.max_bytes if length is None else length
+        limit = self.limits.max_bytes if upload.length is None else upload.length
         if upload.stored + len(piece) > limit:
             raise SluiceError("too-large", f"The upload is longer than {limit:,} bytes.")
+        if upload.stored >= upload.check_at:
+            upload.check_at = upload.stored + _CHECK_BYTES
+            if await self._blobs.free_bytes() < _RESERVE_BYTES + len(piece):
+                raise SluiceError(
+                    "disk-full", "The disk is full; the bytes stored so far are kept."
+                )
         if upload.writer is None:
             upload.writer = await self._blobs.writer(
                 upload.parts[-1]["id"], upload.job.fence, offset=upload.stored - upload.before
@@ -261,32 +273,35 @@ class Uploads:
         upload.durable = upload.stored
         upload.meter.mark(upload.stored, upload.stored)
         await self._save(upload)
-        files = []
-        for part in upload.parts:
-            size = await self._blobs.publish(part["id"], part["name"])
-            files.append(
-                File(
-                    id=part["id"],
-                    name=part["name"],
-                    bytes=size,
-                    media_type=media_type_of(part["name"]),
-                    owner=job.owner,
-                    job=job.id,
-                    created_at=now_ms(),
-                )
+        try:
+            files = [await self._publish(job, part) for part in upload.parts]
+            data = {"files": [file.id for file in files]} if len(files) > 1 else {}
+            ended = await self._manager.report(
+                job.id,
+                Input.FINISH,
+                fence=job.fence,
+                files=files,
+                result=Result(file=files[0].id, data=data),
             )
-        data = {"files": [file.id for file in files]} if len(files) > 1 else {}
-        ended = await self._manager.report(
-            job.id,
-            Input.FINISH,
-            fence=job.fence,
-            files=files,
-            result=Result(file=files[0].id, data=data),
-        )
+        except SluiceError:  # no row followed: a later request shall find the bytes again
+            for part in upload.parts:
+                await self._blobs.unpublish(part["id"])
+            raise
         if ended is None or ended.state != "succeeded":
             await self._manager.settled(job.id)
             raise _terminated(job)
         return [await self._file(file) for file in files]
+
+    async def _publish(self, job: Job, part: dict[str, Any]) -> File:
+        return File(
+            id=part["id"],
+            name=part["name"],
+            bytes=await self._blobs.publish(part["id"], part["name"]),
+            media_type=media_type_of(part["name"]),
+            owner=job.owner,
+            job=job.id,
+            created_at=now_ms(),
+        )
 
     # For the manager (see Driver)
 
@@ -314,7 +329,8 @@ class Uploads:
         """See Driver: the bytes go."""
         upload = self._live.get(job.id)
         if upload is not None and upload.writer is not None:
-            await upload.writer.close()
+            writer, upload.writer = upload.writer, None
+            await writer.close()
         await self.discard(job)
         return None
 
@@ -425,7 +441,7 @@ class Uploads:
         job = upload.job
         if isinstance(error, SluiceError) and error.code == "upload-terminated":
             await self._release(upload)
-            await self._manager.report(job.id, Input.UNWOUND)
+            await self._manager.conclude(job.id, Input.UNWOUND)
             await self._manager.settled(job.id)
             return
         await self._release(upload)
@@ -433,10 +449,14 @@ class Uploads:
         gone = isinstance(error, ClientGone)
         if stopping:
             interrupted = SluiceError("interrupted", "The server stopped during the upload.")
-            await self._manager.report(job.id, Input.SHUTDOWN, error=interrupted)
+            await self._manager.conclude(job.id, Input.SHUTDOWN, error=interrupted)
         elif job.transfer is not None and not job.transfer.resumable:
-            failure = error if isinstance(error, SluiceError) else SluiceError("client-gone")
-            await self._manager.report(job.id, Input.FAIL, error=failure)
+            failure = SluiceError("client-gone" if gone else "internal")
+            if isinstance(error, SluiceError):
+                failure = error
+            if (await self._manager.get(job.id, job.owner)).state not in FINAL:
+                await self.discard(job)  # first: on a full disk it makes room to note the failure
+            await self._manager.conclude(job.id, Input.FAIL, error=failure)
         elif gone:
             await self._manager.note(job.id, "client-gone")
 
@@ -448,7 +468,8 @@ class Uploads:
                     await self._save(upload, sync=self.limits.durability == "always")
             except (Fenced, SluiceError) as error:
                 log.warning("upload %s could not be saved: %s", upload.job.id, error)
-            await upload.writer.close()
+            writer, upload.writer = upload.writer, None
+            await writer.close()
 
     def _forget(self, upload: Upload) -> None:
         if self._live.get(upload.job.id) is upload:
@@ -459,9 +480,9 @@ class Uploads:
         """End the current part durably."""
         if upload.writer is not None:
             await upload.writer.sync()
-            await upload.writer.close()
+            writer, upload.writer = upload.writer, None
+            await writer.close()
         upload.parts[-1]["bytes"] = upload.stored - upload.before
-        upload.writer = None
 
     async def _save(self, upload: Upload, *, sync: bool | None = None) -> None:
         """Commit the offset; with ``sync`` what it covers is durable as well."""
@@ -484,15 +505,19 @@ class Uploads:
         upload.durable_saved = max(upload.durable_saved, forced or 0)
 
     def _watch_idle(self, upload: Upload) -> None:
-        """Show a sender that sends nothing as stalled; end it after ``idle_s``."""
+        """Show a sender that sends nothing as stalled; end it after ``idle_s``.
+
+        One that was silent before it was paused never comes to the checkpoint: it ends here, too.
+        """
         idle_s = monotonic() - upload.flow.moved_at
-        if not upload.flow.open or idle_s < _STALLED_S:
-            upload.flow.stalled_at = None
-            return
-        if upload.flow.stalled_at is None:
-            upload.flow.stalled_at = now_ms() - int(idle_s * 1000)
-        if idle_s > self.limits.idle_s:
+        if upload.flow.open and idle_s > self.limits.idle_s:
             upload.flow.end(SluiceError("upload-stalled"))
+        elif upload.flow.want == "pause" and idle_s > self.limits.hold_s:
+            upload.flow.end(SluiceError("paused-too-long", retry_after_s=60))
+        elif not upload.flow.open or idle_s < _STALLED_S:
+            upload.flow.stalled_at = None
+        elif upload.flow.stalled_at is None:
+            upload.flow.stalled_at = now_ms() - int(idle_s * 1000)
 
     async def _file(self, file: File) -> File:
         return await self._state.file(file.id, file.owner) or file

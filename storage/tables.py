@@ -42,7 +42,7 @@ class Tables:
         """Append rows to a table and save the job's cursor, in one commit.
 
         The table is made from the fields of the first row it ever gets. Raises invalid-field for
-        a name that is none.
+        a name that is none, disk-full.
         """
         con = self._open()
         con.execute("BEGIN IMMEDIATE")
@@ -61,9 +61,11 @@ class Tables:
                 (job_id, msgspec.json.encode(cursor)),
             )
             con.execute("COMMIT")
-        except BaseException:
+        except BaseException as error:
             if con.in_transaction:
                 con.execute("ROLLBACK")
+            if getattr(error, "sqlite_errorname", "") == "SQLITE_FULL":
+                raise SluiceError("disk-full", "The disk of the tables is full.") from error
             raise
 
     async def cursor(self, job_id: str) -> tuple[bool, Any]:

@@ -32,7 +32,7 @@ import importlib
 import inspect
 import pkgutil
 import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
@@ -171,7 +171,7 @@ class Context(Protocol):
         ...
 
 
-Run = Callable[[Any, Any], Awaitable[dict[str, Any] | None]]
+Run = Callable[[Any, Any], Coroutine[Any, Any, dict[str, Any] | None]]
 
 
 class Kind(NamedTuple):
@@ -292,7 +292,7 @@ def _bare(kind: msgspec.inspect.Type) -> msgspec.inspect.Type:
     return kind.type if isinstance(kind, msgspec.inspect.Metadata) else kind
 
 
-_AT = re.compile(r" - at `\$\.?([^`]*)`$")
+_AT = re.compile(r" - at `(?:key` in `)?\$\.?([^`]*)`$")
 _NAMED = re.compile(r"field `([^`]+)`")
 
 
