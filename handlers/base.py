@@ -38,6 +38,7 @@ T = TypeVar("T")
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,64}")
 _SAFE = ("GET", "HEAD", "OPTIONS")
+_LIMIT, _MOST = 50, 500  # items on a page
 _DISCARD_BYTES = 64 << 10  # a refused body so short is read, and the connection is kept
 
 SECURITY_HEADERS = {
@@ -118,10 +119,10 @@ class BaseHandler(RequestHandler):
         given = self.request.headers.get("X-Request-Id", "")
         self.request_id = given if _REQUEST_ID.fullmatch(given) else uuid7()
         self.set_header("X-Request-Id", self.request_id)
-        self.body = Body(self._connection, self._body_length())
+        self.body = Body(self.connection, self._body_length())
         try:
             self._check()
-            self._connection.set_max_body_size(self._max_body_bytes())
+            self.connection.set_max_body_size(self._max_body_bytes())
             if self.method_streams:
                 await self.admit()
                 self._hook()
@@ -170,7 +171,8 @@ class BaseHandler(RequestHandler):
         return max(self.services.settings.max_json_bytes, _DISCARD_BYTES)
 
     @property
-    def _connection(self) -> HTTP1Connection:
+    def connection(self) -> HTTP1Connection:
+        """The connection, as it serves this one request."""
         connection = self.request.connection
         assert isinstance(connection, HTTP1Connection)
         return connection
@@ -190,7 +192,7 @@ class BaseHandler(RequestHandler):
 
         setattr(self, name, self._conclude)
         if self.body.length is not None:
-            read_body_by(self._connection, read_fixed_body)
+            read_body_by(self.connection, read_fixed_body)
 
     def data_received(self, chunk: bytes) -> Awaitable[None] | None:
         """Tornado's hook: a chunked body, or a short one that is collected."""
@@ -244,8 +246,8 @@ class BaseHandler(RequestHandler):
 
     async def _refuse(self, error: Exception) -> None:
         """Answer before the body was read, so that the client sees it; then close."""
-        block_body(self._connection, fed=self._serving is not None)
-        if isinstance(error, ClientGone) or self._connection.stream.closed():
+        block_body(self.connection, fed=self._serving is not None)
+        if isinstance(error, ClientGone) or self.connection.stream.closed():
             return
         self._log_failure(error)
         body = self._problem(_refusal(error))
@@ -293,6 +295,19 @@ class BaseHandler(RequestHandler):
                 raise SluiceError("invalid-field", f"{name[:80]} is not known here.", field=name)
             values[name] = value
         return values
+
+    def paging(self, values: dict[str, str]) -> tuple[int, int | None]:
+        """``limit`` (50, at most 500) and ``after`` (a key) of a list. Raises invalid-field."""
+        numbers = {}
+        for name in ("limit", "after"):
+            text = values.get(name, "")
+            if name in values and not (text.isascii() and text.isdigit() and len(text) <= 18):
+                raise SluiceError("invalid-field", f"{name} must be a whole number.", field=name)
+            numbers[name] = int(text) if text else None
+        limit = _LIMIT if numbers["limit"] is None else numbers["limit"]
+        if not 1 <= limit <= _MOST:
+            raise SluiceError("invalid-field", f"limit must be 1 to {_MOST}.", field="limit")
+        return limit, numbers["after"]
 
     def json(self, type: type[T]) -> T:
         """The body as a typed value. Raises invalid-json, invalid-field (with its name)."""

@@ -10,7 +10,6 @@ import msgspec
 
 from errors import SluiceError
 from handlers.base import BaseHandler, pairs_of
-from handlers.paging import paging
 from jobs import Filter, Job
 from jobs.rows import event_row, rfc3339
 from jobs.states import STATES
@@ -35,7 +34,7 @@ class JobsHandler(BaseHandler):
     async def get(self) -> None:
         """Newest first; filters may be repeated."""
         filters, values = self._filters()
-        limit, after = paging(values)
+        limit, after = self.paging(values)
         manager = self.services.manager
         owner = self.caller.owner
         foreign = filters["owner"] and owner not in filters["owner"]
@@ -144,7 +143,7 @@ class EventsHandler(BaseHandler):
 
     async def get(self, job_id: str) -> None:
         """Its transitions, oldest first; ``after`` is a version."""
-        limit, after = paging(self.query("limit", "after"))
+        limit, after = self.paging(self.query("limit", "after"))
         events = await self.services.manager.history(
             job_id, self.caller.owner, after or 0, limit + 1
         )
@@ -164,7 +163,7 @@ class LogHandler(BaseHandler):
 
     async def get(self, job_id: str) -> None:
         """The newest lines, or those ``after`` a number, oldest first."""
-        limit, after = paging(self.query("limit", "after"))
+        limit, after = self.paging(self.query("limit", "after"))
         lines = await self.services.manager.lines(
             job_id, self.caller.owner, -limit if after is None else after, limit
         )

@@ -19,7 +19,7 @@ import msgspec
 from errors import SluiceError
 from handlers.auth import is_prefetch
 from handlers.base import BaseHandler
-from handlers.files import send_file
+from handlers.send import send_file
 from handlers.wire import Body, Form, Part
 from jobs import Filter, Job
 from jobs.files import clean_name, now_ms

@@ -1,4 +1,4 @@
-"""Bytes off and onto a socket; the one place for it, whatever dialect they belong to.
+"""Bytes off a socket; the one place for it, whatever dialect they belong to.
 
 Bodies with a Content-Length are read straight into a lent 1 MiB buffer, which makes Python as fast
 as nginx here. For that the per-request connection object gets our ``_read_fixed_body``; should
@@ -15,24 +15,20 @@ Rules that keep this correct:
   shut, and what still arrives is thrown away for a while, so that the client sees the answer and
   not a reset. Afterwards ``StreamClosedError`` keeps Tornado from taking the rest of the body for
   the next request.
-- Files leave by sendfile, waiting on an epoll of our own: Tornado's registration of the socket
-  would replace ours. TLS, and blobs without a descriptor, take the plain path.
 """
 
 from __future__ import annotations
 
 import asyncio
 import fcntl
-import os
 import re
-import select
 import socket
 import struct
 import termios
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from time import monotonic
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import unquote
 
 import multipart
@@ -40,22 +36,18 @@ from tornado.http1connection import HTTP1Connection
 from tornado.iostream import IOStream, StreamClosedError
 
 from errors import SluiceError
-from jobs import Reader
 from jobs.uploads import ClientGone
 
 _BIG_BYTES = 1 << 20
 _SMALL_BYTES = 16 << 10
 _TURN_BYTES = 4 << 20  # all bodies together move about this much in one turn of the loop
 _LEAST_BYTES = 64 << 10
-_FILE_BYTES = 2 << 20  # one sendfile call; it copies nothing, and takes no longer than a 1 MiB read
 _TURN_S = 0.001  # how long a body lets others finish what they have begun
 _BATCH_BYTES, _BATCH_S = 256 << 10, 0.05  # what to wait for, and for how long
 _POOL = 16  # big buffers kept for reuse
 
 _DRAIN_ALL_BYTES, _DRAIN_ALL_S = 64 << 20, 5.0
 _DRAIN_SOME_BYTES, _DRAIN_SOME_S = 8 << 20, 2.0
-
-_READ_AHEAD_BYTES = 8 << 20
 
 _EXTENDED_NAME = re.compile(r"(?i);\s*filename\*\s*=\s*utf-8'[^';]*'([^\s;\"]+)")
 
@@ -109,7 +101,6 @@ turns = _Turns()
 
 # Private names of Tornado's; each is only used if it is there, and a test says so when it goes.
 _FIXED, _CHUNKED = "_read_fixed_body", "_read_chunked_body"
-_REMAINING = "_expected_content_remaining"
 
 
 def read_body_by(connection: HTTP1Connection, read: Callable[[int, Any], Awaitable[None]]) -> None:
@@ -501,182 +492,3 @@ class _End:
 
 
 _END = _End()
-
-
-class Gate(Protocol):
-    """What a file on its way out asks between two pieces (see jobs.downloads.Download)."""
-
-    @property
-    def held(self) -> bool:
-        """Whether nothing may leave now."""
-        ...
-
-    async def checkpoint(self) -> None:
-        """Return when the next piece may leave."""
-        ...
-
-    def moved(self, n: int) -> None:
-        """``n`` bytes have left."""
-        ...
-
-
-class _Writable:
-    """Tells when sockets can be written, on an epoll of its own that hangs in the loop."""
-
-    def __init__(self) -> None:
-        self._epoll: select.epoll | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._waiters: dict[int, asyncio.Future[None]] = {}
-
-    async def wait(self, fd: int, waiter: asyncio.Future[None]) -> None:
-        """Return when ``fd`` can be written (or has failed), or when ``waiter`` is set."""
-        epoll = self._open()
-        self._waiters[fd] = waiter
-        events = select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLONESHOT
-        try:
-            try:
-                epoll.register(fd, events)
-            except FileExistsError:
-                epoll.modify(fd, events)
-            await waiter
-        finally:
-            if self._waiters.get(fd) is waiter:
-                del self._waiters[fd]
-
-    def forget(self, fd: int) -> None:
-        """The socket will be closed, or used by others again."""
-        with suppress(OSError, ValueError):
-            if self._epoll is not None:
-                self._epoll.unregister(fd)
-
-    def _open(self) -> select.epoll:
-        loop = asyncio.get_running_loop()
-        if self._epoll is None or self._loop is not loop:
-            self._epoll, self._loop = select.epoll(), loop
-            loop.add_reader(self._epoll.fileno(), self._ready)
-        return self._epoll
-
-    def _ready(self) -> None:
-        assert self._epoll is not None
-        for fd, _ in self._epoll.poll(0):
-            waiter = self._waiters.get(fd)
-            if waiter is not None and not waiter.done():
-                waiter.set_result(None)
-
-
-writable = _Writable()
-
-
-class Sender:
-    """Sends bytes of a blob as the body of an answer whose headers were flushed."""
-
-    def __init__(self, connection: HTTP1Connection, idle_s: float) -> None:
-        self._connection = connection
-        self._stream: IOStream = connection.stream
-        self._idle_s = idle_s
-        self._error: SluiceError | None = None
-        self._waiter: asyncio.Future[None] | None = None
-        self.sendfile_used = False
-
-    def interrupt(self, error: SluiceError) -> None:
-        """See Peer."""
-        self._error = error
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    async def send(
-        self,
-        reader: Reader,
-        start: int,
-        end: int,
-        write: Callable[[bytes], Awaitable[None]],
-        gate: Gate,
-    ) -> int:
-        """Send ``[start, end)``; the bytes that were handed to the kernel.
-
-        ``write`` is the plain path. Raises ClientGone, or what ``gate`` or ``interrupt`` brings.
-        """
-        fd = reader.fileno()
-        plain = type(self._stream) is not IOStream or fd is None
-        if plain or not hasattr(self._connection, _REMAINING):
-            return await self._send_plain(reader, start, end, write, gate)
-        assert fd is not None
-        return await self._sendfile(fd, start, end, gate)
-
-    async def _sendfile(self, source: int, start: int, end: int, gate: Gate) -> int:
-        self.sendfile_used = True
-        target = self._stream.socket.fileno()
-        at = ahead = start
-        work = 0
-        try:
-            while at < end:
-                await self._pass(gate)
-                if at >= ahead - _READ_AHEAD_BYTES // 2:  # each page is asked for once
-                    os.posix_fadvise(source, ahead, _READ_AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
-                    ahead += _READ_AHEAD_BYTES
-                quantum = min(_FILE_BYTES, turns.share)
-                try:
-                    n = os.sendfile(target, source, at, min(end - at, quantum))
-                except BlockingIOError:
-                    work = 0
-                    await self._wait(target, gate)
-                    continue
-                if n == 0:
-                    raise SluiceError("storage-failed", "The file is shorter than it was.")
-                at += n
-                work += n
-                gate.moved(n)
-                if work >= quantum:
-                    work = 0
-                    await turns.next()
-        except OSError as error:
-            raise ClientGone from error
-        finally:
-            writable.forget(target)
-        # Tornado counts what passes through its own write.
-        setattr(self._connection, _REMAINING, 0)
-        return at - start
-
-    async def _send_plain(
-        self,
-        reader: Reader,
-        start: int,
-        end: int,
-        write: Callable[[bytes], Awaitable[None]],
-        gate: Gate,
-    ) -> int:
-        at = start
-        try:
-            while at < end:
-                await self._pass(gate)
-                data = await reader.read(at, min(end - at, 256 << 10))
-                if not data:
-                    raise SluiceError("storage-failed", "The file is shorter than it was.")
-                async with asyncio.timeout(self._idle_s):
-                    await write(data)
-                at += len(data)
-                gate.moved(len(data))
-                await turns.next()
-        except (StreamClosedError, TimeoutError) as error:
-            raise ClientGone from error
-        return at - start
-
-    async def _pass(self, gate: Gate) -> None:
-        await gate.checkpoint()
-        if self._error is not None:
-            raise self._error
-        if self._stream.closed():
-            raise ClientGone
-
-    async def _wait(self, fd: int, gate: Gate) -> None:
-        """Return when ``fd`` may take more, or when the time is up but the clock stands."""
-        self._waiter = asyncio.get_running_loop().create_future()
-        try:
-            async with asyncio.timeout(self._idle_s):
-                await writable.wait(fd, self._waiter)
-        except TimeoutError:
-            if gate.held:
-                return
-            raise ClientGone("the reader read nothing for too long") from None
-        finally:
-            self._waiter = None

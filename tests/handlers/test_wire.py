@@ -18,9 +18,9 @@ from tornado.ioloop import IOLoop
 from tornado.web import Application
 
 from config import Config
-from handlers import wire
+from handlers import send, wire
 from handlers.base import BaseHandler
-from handlers.files import send_file
+from handlers.send import send_file
 from server import assembled, make_app, recover
 from tests.conftest import Serve, missing
 from tests.handlers.clients import FORM, FORM_END, Caller, Raw, form_head
@@ -54,25 +54,25 @@ class Seen:
 
     def __init__(self) -> None:
         self.bodies: list[wire.Body] = []
-        self.senders: list[wire.Sender] = []
+        self.senders: list[send.Sender] = []
 
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     """Collects what the handlers make; all of it stays as it is."""
     found = Seen()
-    begin_body, begin_sender = wire.Body.__init__, wire.Sender.__init__
+    begin_body, begin_sender = wire.Body.__init__, send.Sender.__init__
 
     def body(self: wire.Body, connection: HTTP1Connection, length: int | None) -> None:
         begin_body(self, connection, length)
         found.bodies.append(self)
 
-    def sender(self: wire.Sender, connection: HTTP1Connection, idle_s: float) -> None:
+    def sender(self: send.Sender, connection: HTTP1Connection, idle_s: float) -> None:
         begin_sender(self, connection, idle_s)
         found.senders.append(self)
 
     monkeypatch.setattr(wire.Body, "__init__", body)
-    monkeypatch.setattr(wire.Sender, "__init__", sender)
+    monkeypatch.setattr(send.Sender, "__init__", sender)
     return found
 
 
@@ -140,7 +140,7 @@ async def test_if_tornado_renames_its_counter_files_still_leave(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Where Tornado's counter is not known, the content leaves by its own writes."""
-    monkeypatch.setattr(wire, "_REMAINING", "_no_such_name")
+    monkeypatch.setattr(send, "_REMAINING", "_no_such_name")
     data = bytes(range(256)) * 8000
     file_id = await upload(http_client, base_url, data)
     answer = await http_client.fetch(f"{base_url}/v1/files/{file_id}/content")
