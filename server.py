@@ -21,7 +21,7 @@ import resource
 import signal
 import sys
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -243,8 +243,11 @@ async def serve(config: Config, lock: IO[str]) -> None:
             task.cancel()
         await asyncio.gather(*background, return_exceptions=True)
         await asyncio.sleep(0.3)  # answers and goodbyes on their way
-        async with asyncio.timeout(1.0):
-            await server.close_all_connections()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(1.0):
+                await server.close_all_connections()
+    # A process that swallows its cancellation must not keep the service from ending.
+    loop.call_later(1.0, os._exit, 0)
 
 
 async def add_here(config: Config, paths: Sequence[Path]) -> None:

@@ -197,6 +197,8 @@ class Uploads:
         if job.want == "cancel":
             upload.flow.end(_terminated(job))
         try:
+            if job.reason == "client-gone":
+                await self._manager.note(job.id, "client-back", reason=None)
             yield upload
         except BaseException as error:
             await self._broken_off(upload, error)
@@ -458,7 +460,8 @@ class Uploads:
                 await self.discard(job)  # first: on a full disk it makes room to note the failure
             await self._manager.conclude(job.id, Input.FAIL, error=failure)
         elif gone:
-            await self._manager.note(job.id, "client-gone")
+            self._forget(upload)  # so that the event shows it as no longer connected
+            await self._manager.note(job.id, "client-gone", reason="client-gone")
 
     async def _release(self, upload: Upload) -> None:
         """Commit what was written and let the blob go."""

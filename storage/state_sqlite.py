@@ -22,6 +22,7 @@ import os
 import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -197,7 +198,8 @@ class SqliteState:
             await self._write(
                 lambda con: con.execute("UPDATE meta SET value='1' WHERE key='clean'")
             )
-            self._con.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            with suppress(sqlite3.Error):  # a full disk: the next start folds it in
+                self._con.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         finally:
             for handle in (self._flushing, self._checkpoint):
                 if handle is not None:

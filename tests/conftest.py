@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tornado.ioloop import IOLoop
 
 from tests.harness import Server
 
@@ -32,6 +34,17 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
 def server(serve: Serve) -> Server:
     """One server with its defaults."""
     return serve()
+
+
+@pytest.fixture
+def io_loop() -> Iterator[IOLoop]:
+    """The loop of pytest-tornado's tests; its own fixture leaves another one behind, unclosed."""
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    io_loop = IOLoop.current()
+    yield io_loop
+    io_loop.close()
+    asyncio.set_event_loop(None)
 
 
 def missing(what: str) -> None:

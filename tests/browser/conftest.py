@@ -28,9 +28,9 @@ FLAGS = [
 PATIENCE_MS = 15_000
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
-    """The system's Chromium, started once."""
+    """The system's Chromium, started once a module: its client keeps a loop running meanwhile."""
     path = shutil.which("chromium")
     if path is None or find_spec("playwright") is None:
         missing("Chromium")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -496,3 +497,23 @@ def test_other_methods_are_refused(site: Server, method: str, path: str, allowed
     answer = site.request(method, path)
     assert (answer.status, answer.json["code"]) == (405, "method-not-allowed")
     assert answer.headers["Allow"] == allowed
+
+
+def test_the_history_tells_when_a_sender_goes_and_comes_back(site: Server) -> None:
+    """A cut in a block is noted with the connection gone; the next block notes the return."""
+    path = "/upload?file_name=gone-and-back.bin&bytes_read="
+    with socket.create_connection(("127.0.0.1", site.port)) as connection:
+        head = f"POST {path}0 HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n"
+        connection.sendall(head.encode() + b"x" * 10)
+        job_id = eventually(
+            lambda: [j["id"] for j in site.jobs() if j["name"] == "gone-and-back.bin"], "it begins"
+        )[0]
+    eventually(lambda: site.job(job_id)["reason"] == "client-gone", "the cut is noticed")
+    job = site.job(job_id)
+    assert job["state"] == "running"
+    assert job["transfer"]["connected"] is False
+    stored = job["transfer"]["stored_bytes"]
+    assert site.post(f"{path}{stored}&is_complete=true", b"y").status == 200
+    events = site.get(f"/v1/jobs/{job_id}/events").json["items"]
+    assert [event["cause"] for event in events] == ["created", "client-gone", "client-back", "done"]
+    assert [event["row"]["transfer"]["connected"] for event in events[1:3]] == [False, True]

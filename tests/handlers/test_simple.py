@@ -824,7 +824,7 @@ def test_an_upload_goes_on_after_its_connection_was_cut(caller: Caller, name: st
     assert done.json["is_complete"] is True
     assert caller.content(done.json["id"]) == data
     causes = [e["cause"] for e in caller.get(f"/v1/jobs/{job['id']}/events").json["items"]]
-    assert causes == ["created", "client-gone", "done"]
+    assert causes == ["created", "client-gone", "client-back", "done"]
 
 
 def test_a_newer_request_takes_a_stalled_upload_over(caller: Caller, name: str) -> None:
