@@ -1,7 +1,7 @@
 """The server as tests start it: the real one, under an audit hook that allows no thread.
 
-``CRASH_AT=publish:2`` in the environment lets it die by SIGKILL right after the second publishing;
-the points at which it can die are below.
+``CRASH_AT=published:2`` lets it die by SIGKILL right after the second publishing;
+the points at which it can die are below. ``KIND_FILE=x.py`` adds the kind in that file.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import inspect
 import os
 import signal
 import sys
+import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -26,6 +28,7 @@ sys.addaudithook(_no_threads)
 
 import server  # noqa: E402 - the hook comes first
 from jobs import runners  # noqa: E402
+from jobs.kinds import Registry, kind_of  # noqa: E402
 from storage.blobs_local import LocalBlobs, LocalWriter  # noqa: E402
 from storage.state_sqlite import SqliteState  # noqa: E402
 
@@ -88,5 +91,14 @@ def _crash_at(name: str, n: int) -> None:
 if point := os.environ.get("CRASH_AT"):
     name, _, n = point.partition(":")
     _crash_at(name, int(n or 1))
+
+if kind_file := os.environ.get("KIND_FILE"):
+    module = types.ModuleType("kind_file")
+    exec(compile(Path(kind_file).read_text(), kind_file, "exec"), module.__dict__)
+    known = Registry.load()
+    both = Registry(
+        [*(kinds for name in known.names() if (kinds := known.get(name))), kind_of(module)]
+    )
+    Registry.load = classmethod(lambda cls: both)  # type: ignore[method-assign,assignment]
 
 sys.exit(server.main(sys.argv[1:]))

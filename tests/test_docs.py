@@ -117,6 +117,28 @@ def _line_within(client: subprocess.Popen[str], seconds: float) -> str:
     return client.stdout.readline() if ready else ""
 
 
+def test_the_example_kind_counts_lines_and_can_be_paused(tmp_path: Path) -> None:
+    """The process of docs/kinds.md is a kind; paused until it is cold, it still counts right."""
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "kinds.md").read_text(), re.S)
+    assert code is not None
+    (tmp_path / "lines_kind.py").write_text(code[1])
+    server = Server(tmp_path / "data", "--warm-s", "0.1")
+    server.env = {"KIND_FILE": str(tmp_path / "lines_kind.py")}
+    server.start()
+    try:
+        data = b"a line\n" * 3_000_000
+        server.post("/upload?file_name=lines.txt&is_complete=true", data)
+        start = {"kind": "lines", "params": {"file": "lines.txt"}}
+        job = server.post("/v1/jobs", start).json
+        server.post(f"/v1/jobs/{job['id']}/pause")
+        if server.wait_for(job["id"], "paused", "succeeded")["state"] == "paused":
+            server.post(f"/v1/jobs/{job['id']}/resume")
+        done = server.wait_for(job["id"], "succeeded", "failed")
+        assert done["result"]["data"] == {"lines": 3_000_000}
+    finally:
+        server.close()
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_to_pages_that_exist(page: Path) -> None:
     """A relative link of the documentation names a file of this checkout."""
