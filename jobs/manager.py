@@ -508,18 +508,7 @@ class Manager:
         glance = self._driver(after).glance(after, finished=after.state == states.SUCCEEDED)
         if glance.progress is not None:
             after = msgspec.structs.replace(after, progress=glance.progress)
-        event = Event(
-            job=after.id,
-            version=after.version,
-            kind=after.kind,
-            owner=after.owner,
-            at=now_ms(),
-            from_=job.state,
-            to=after.state,
-            cause=cause,
-            actor=actor,
-            row=msgspec.Raw(msgspec.json.encode(self._row(after, glance))),
-        )
+        event = self._event(job.state, after, after.state, cause, actor, glance)
         await self._state.commit(after, event, was_version=job.version, fence=fence, files=files)
         self._remember(after)
         return after
@@ -528,18 +517,8 @@ class Manager:
         if not self._open:
             raise SluiceError("stopping", retry_after_s=5)
         job = states.created(job, self._facts(by=by))
-        event = Event(
-            job=job.id,
-            version=job.version,
-            kind=job.kind,
-            owner=job.owner,
-            at=job.created_at,
-            from_=None,
-            to=job.state,
-            cause="created",
-            actor=by.actor,
-            row=msgspec.Raw(msgspec.json.encode(self._row(job, self._driver(job).glance(job)))),
-        )
+        glance = self._driver(job).glance(job)
+        event = self._event(None, job, job.state, "created", by.actor, glance)
         made, created = await self._state.create(job, event, live_name=live_name)
         if created:
             self._remember(made)
@@ -551,19 +530,25 @@ class Manager:
 
     async def _delete(self, job: Job, actor: str, cause: str) -> None:
         gone = states.noted(job)
-        event = Event(
-            job=job.id,
-            version=gone.version,
-            kind=job.kind,
-            owner=job.owner,
+        event = self._event(job.state, gone, states.DELETED, cause, actor, Glance(None, None))
+        await self._state.delete(job.id, event, was_version=job.version)
+
+    def _event(
+        self, before: str | None, after: Job, to: str, cause: str, actor: str, glance: Glance
+    ) -> Event:
+        """The log's entry of a change, with the row as it is then."""
+        return Event(
+            job=after.id,
+            version=after.version,
+            kind=after.kind,
+            owner=after.owner,
             at=now_ms(),
-            from_=job.state,
-            to=states.DELETED,
+            from_=before,
+            to=to,
             cause=cause,
             actor=actor,
-            row=msgspec.Raw(msgspec.json.encode(self._row(gone, Glance(None, None)))),
+            row=msgspec.Raw(msgspec.json.encode(self._row(after, glance))),
         )
-        await self._state.delete(job.id, event, was_version=job.version)
 
     def _facts(self, **facts: Any) -> Facts:
         return Facts(

@@ -68,8 +68,15 @@ class Server:
         assert "http://" in line, f"the server did not start: {line!r} {self.log_path.read_text()}"
         self.port = int(line.split("127.0.0.1:")[1].split("/")[0])
         if ready:
-            eventually(lambda: self.get("/readyz").status == 200, "the server is ready")
+            eventually(self.is_ready, "the server is ready")
         return self
+
+    def is_ready(self) -> bool:
+        """Whether it takes work; not if it is down, or dies just now."""
+        try:
+            return self.get("/readyz").status == 200
+        except ConnectionError:
+            return False
 
     @property
     def pid(self) -> int:
@@ -185,6 +192,8 @@ class Server:
     def job(self, job_id: str) -> Any:
         """One job."""
         answer = self.get(f"/v1/jobs/{job_id}")
+        if answer.status == 0:
+            raise ConnectionRefusedError
         assert answer.status == 200, answer
         return answer.json
 

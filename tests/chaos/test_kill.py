@@ -51,10 +51,12 @@ class Chaos:
     def live(self, point: str = "") -> None:
         """Start a server that dies at ``point``; nothing else may be live on its folder."""
         self.server.env = {"CRASH_AT": point} if point else {}
-        self.server.start(ready=not point)
-        if point:
-            with contextlib.suppress(AssertionError):  # it may die before it is ready
-                eventually(lambda: self.dead or self.server.get("/readyz").status == 200, "up")
+        if not point:
+            self.server.start()
+        else:
+            with contextlib.suppress(AssertionError):  # it may die before it says where it is
+                self.server.start(ready=False)
+                eventually(lambda: self.dead or self.server.is_ready(), "up")
         self.steps = []
 
     @property
