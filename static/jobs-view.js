@@ -98,7 +98,7 @@ export class JobsView {
     this.mine = el("ul", { class: "mine", "aria-label": words.uploads.label, hidden: true });
     this.nothing = el("div", { class: "nothing", hidden: true }, el("p", {}, words.nothing),
       el("button", { type: "button", onclick: () => this.show("all", true) }, words.clear));
-    this.drop = el("div", { class: "drop" }, icon("drop"),
+    this.drop = el("div", { class: "drop", hidden: true }, icon("drop"),
       el("span", { class: "drop-text" }, el("strong", {}, words.drop.bold), words.drop.rest),
       el("span", { class: "drop-acts" },
         el("button", { type: "button", class: "primary", onclick: () => app.choose() }, words.drop.upload),
@@ -109,7 +109,7 @@ export class JobsView {
         el("button", { type: "button", class: "primary", onclick: () => app.choose() }, words.empty.choose),
         el("button", { type: "button", onclick: () => app.go("processes") }, words.drop.process)),
       el("p", { class: "curl" }, words.empty.curl, " ", el("code", {}, `curl -F file=@movie.mkv ${location.origin}/upload`)));
-    this.bar = el("div", { class: "bar" },
+    this.bar = el("div", { class: "bar", hidden: true },
       el("div", { class: "chips", role: "group", "aria-label": words.filterLabel }, this.chips.map((chip) => chip.node)),
       this.search);
     this.node = el("div", {}, this.overview.node, this.drop, this.mine, this.bar, this.list, this.nothing, this.end, this.empty);
@@ -173,9 +173,10 @@ export class JobsView {
       chip.node.hidden = n === 0 && chip.group !== "all" && chip.group !== this.group;
     }
     this.overview.counts(counts);
-    const empty = this.app.store.ready && all === 0;
-    this.empty.hidden = !empty;
-    this.bar.hidden = this.list.hidden = this.drop.hidden = empty;
+    // Before the first snapshot neither is shown: what is clicked must not vanish under the pointer.
+    const { ready } = this.app.store;
+    this.empty.hidden = !ready || all > 0;
+    this.bar.hidden = this.list.hidden = this.drop.hidden = !ready || all === 0;
   }
 
   matches(row) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -52,3 +53,11 @@ def missing(what: str) -> None:
     if os.environ.get("SLUICE_CI"):
         pytest.fail(f"{what} is missing here")
     pytest.skip(f"{what} is missing here")
+
+
+def need(program: str) -> str:
+    """The path of a program; without it the test is skipped, or fails, as ``missing`` says."""
+    path = shutil.which(program)
+    if path is None:
+        missing(program)
+    return str(path)

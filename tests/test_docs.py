@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Serve
+from tests.conftest import Serve, need
 from tests.harness import ROOT, Server, eventually
 
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -20,6 +20,7 @@ PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob
 
 def commands(page: str) -> list[str]:
     """The curl lines of a page."""
+    need("curl")
     return [
         line.split("   #")[0].strip()
         for line in (ROOT / page).read_text().splitlines()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.conftest import need
 from tests.harness import Server, eventually
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ Curl = Callable[..., subprocess.Popen[bytes]]
 @pytest.fixture
 def curl() -> Iterator[Curl]:
     """Run curl in the background; what is left of it ends with the test."""
+    need("curl")
     started: list[subprocess.Popen[bytes]] = []
 
     def run(*arguments: str) -> subprocess.Popen[bytes]:
@@ -283,7 +285,7 @@ def test_page_upload_is_cancelled(
 def test_process_by_form_and_buttons(server: Server, page: Page) -> None:
     """A process is started by the form, then paused, resumed and cancelled by its buttons."""
     page.goto(server.url)
-    page.get_by_role("button", name="New process").first.click()
+    page.get_by_role("button", name="New process").click()
     page.get_by_label("Kind").select_option("count")
     page.get_by_label("Steps", exact=True).fill("1000")
     page.get_by_label("Delay (s)").fill("0.02")

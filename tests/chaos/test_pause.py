@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import socket
 import subprocess
 import threading
@@ -16,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import missing
+from tests.conftest import need
 from tests.harness import FULL, Server, eventually, form
 
 pytestmark = pytest.mark.chaos
@@ -87,12 +86,10 @@ def has(server: Server, file_id: str, data: bytes) -> None:
 
 def test_upload_by_curl_is_paused_and_resumed(server: Server, tmp_path: Path) -> None:
     """curl -F knows nothing of a pause: it just waits, and its file arrives whole."""
-    curl = shutil.which("curl")
-    if curl is None:
-        missing("curl")
+    curl = need("curl")
     source = tmp_path / "by curl.bin"
     source.write_bytes(SLOW)
-    command = [str(curl), "-sS", "--limit-rate", "500k", "-F", f"file=@{source}"]
+    command = [curl, "-sS", "--limit-rate", "500k", "-F", f"file=@{source}"]
 
     def run() -> bytes:
         return subprocess.run(

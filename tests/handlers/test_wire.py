@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +21,7 @@ from handlers import send, wire
 from handlers.base import BaseHandler
 from handlers.send import send_file
 from server import assembled, make_app, recover
-from tests.conftest import Serve, missing
+from tests.conftest import Serve, need
 from tests.handlers.clients import FORM, FORM_END, Caller, Raw, form_head
 from tests.harness import FULL, Server, eventually
 
@@ -251,8 +250,7 @@ def test_curl_sees_an_early_answer(
     caller: Caller, tmp_path: Path, name: str, way: str, status: int
 ) -> None:
     """curl gets the status and the message of an answer that comes while it still sends."""
-    if shutil.which("curl") is None:
-        missing("curl")
+    need("curl")
     file = tmp_path / "big"
     size = (300 << 20) if status == 413 else (200 << 20)
     with file.open("wb") as sparse:
