@@ -25,7 +25,8 @@ with contextlib.suppress(ImportError):  # then the fixtures skip
 pytestmark = pytest.mark.browser
 
 MB = 1_000_000
-DOWN = ["net::ERR_", "WebSocket connection"]  # what Chromium says of a server that is not there
+# What Chromium says of a server that is not there, or that is just starting.
+DOWN = ["net::ERR_", "WebSocket connection", "status of 503"]
 Curl = Callable[..., subprocess.Popen[bytes]]
 
 
