@@ -223,7 +223,6 @@ class Uploads:
                 bytes_read=upload.stored,
             )
         async for piece in pieces:
-            upload.received += len(piece)
             await self.write(upload, piece)
         await self._save(upload)
         return upload.stored
@@ -231,6 +230,7 @@ class Uploads:
     async def write(self, upload: Upload, piece: memoryview) -> None:
         """Write one piece as soon as the upload may go on."""
         flow = upload.flow
+        upload.received += len(piece)
         if not flow.open:
             await flow.checkpoint()
         limit = self.limits.max_bytes if upload.length is None else upload.length
@@ -242,11 +242,8 @@ class Uploads:
                 raise SluiceError(
                     "disk-full", "The disk is full; the bytes stored so far are kept."
                 )
-        if upload.writer is None:
-            upload.writer = await self._blobs.writer(
-                upload.parts[-1]["id"], upload.job.fence, offset=upload.stored - upload.before
-            )
-        upload.stored = upload.before + await upload.writer.write(piece)
+        writer = await self._writer(upload)
+        upload.stored = upload.before + await writer.write(piece)
         self.received_bytes += len(piece)
         flow.moved_at = monotonic()
         upload.meter.mark(upload.stored)
@@ -267,10 +264,7 @@ class Uploads:
         job = upload.job
         await upload.flow.checkpoint()
         upload.finishing = True
-        if upload.writer is None:  # an empty file, or all bytes came with earlier requests
-            upload.writer = await self._blobs.writer(
-                upload.parts[-1]["id"], job.fence, offset=upload.stored - upload.before
-            )
+        await self._writer(upload)  # an empty file, or all bytes came with earlier requests
         await self._close_part(upload)
         upload.durable = upload.stored
         upload.meter.mark(upload.stored, upload.stored)
@@ -293,6 +287,14 @@ class Uploads:
             await self._manager.settled(job.id)
             raise _terminated(job)
         return [await self._file(file) for file in files]
+
+    async def _writer(self, upload: Upload) -> Writer:
+        """The current part's blob, opened at its end when it is first needed."""
+        if upload.writer is None:
+            upload.writer = await self._blobs.writer(
+                upload.parts[-1]["id"], upload.job.fence, offset=upload.stored - upload.before
+            )
+        return upload.writer
 
     async def _publish(self, job: Job, part: dict[str, Any]) -> File:
         return File(
@@ -441,15 +443,13 @@ class Uploads:
     async def _broken_off(self, upload: Upload, error: BaseException) -> None:
         """The request ended by an error: keep what may be kept, report what has happened."""
         job = upload.job
-        if isinstance(error, SluiceError) and error.code == "upload-terminated":
-            await self._release(upload)
+        code = error.code if isinstance(error, SluiceError) else ""
+        gone = isinstance(error, ClientGone)
+        await self._release(upload)
+        if code == "upload-terminated":
             await self._manager.conclude(job.id, Input.UNWOUND)
             await self._manager.settled(job.id)
-            return
-        await self._release(upload)
-        stopping = isinstance(error, SluiceError) and error.code == "stopping"
-        gone = isinstance(error, ClientGone)
-        if stopping:
+        elif code == "stopping":
             interrupted = SluiceError("interrupted", "The server stopped during the upload.")
             await self._manager.conclude(job.id, Input.SHUTDOWN, error=interrupted)
         elif job.transfer is not None and not job.transfer.resumable:

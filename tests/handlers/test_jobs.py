@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import Serve
 from tests.handlers.clients import UUID7, Caller, Raw
-from tests.harness import Answer, Server, eventually
+from tests.harness import Answer, Server, eventually, form
 
 FIELDS = {
     *("id", "h", "kind", "name", "owner", "client", "state", "want", "reason", "version"),
@@ -517,3 +517,22 @@ def test_the_history_tells_when_a_sender_goes_and_comes_back(site: Server) -> No
     events = site.get(f"/v1/jobs/{job_id}/events").json["items"]
     assert [event["cause"] for event in events] == ["created", "client-gone", "client-back", "done"]
     assert [event["row"]["transfer"]["connected"] for event in events[1:3]] == [False, True]
+
+
+def test_a_form_shows_what_was_received_while_it_arrives(site: Server) -> None:
+    """The live row of a form upload counts received bytes, like that of a block."""
+    body, content_type = form(("file", "arriving.bin", b"x" * 200_000))
+    with socket.create_connection(("127.0.0.1", site.port)) as connection:
+        head = f"POST /upload HTTP/1.1\r\nHost: localhost\r\nContent-Type: {content_type}\r\n"
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body[:100_000])
+        transfer = eventually(
+            lambda: [
+                job["transfer"]
+                for job in site.jobs("?state=running")
+                if job["name"] == "arriving.bin" and job["transfer"]["stored_bytes"] > 90_000
+            ],
+            "the first part is stored",
+        )[0]
+        assert transfer["received_bytes"] == transfer["stored_bytes"]
+        connection.sendall(body[100_000:])
+        assert connection.recv(12) == b"HTTP/1.1 200"
