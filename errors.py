@@ -30,7 +30,6 @@ CATALOGUE: dict[str, Entry] = {
     "invalid-json": Entry(400, "The body is not the JSON expected", False, "Send a JSON object."),
     "body-too-long": Entry(400, "The body is too long", False, "Send a shorter body."),
     "body-unexpected": Entry(400, "This request takes no body", False, "Send the body by POST."),
-    "body-incomplete": Entry(400, "The body ended too early", True, "Send the request again."),
     "multipart-invalid": Entry(
         400, "The multipart form is malformed", False, "Send a form as in RFC 7578."
     ),
@@ -98,7 +97,6 @@ CATALOGUE: dict[str, Entry] = {
     "disk-full": Entry(507, "The disk is full", True, "Free space, then go on."),
     # How a job can end
     "kind-failed": Entry(500, "The process failed", True, "See the detail, then retry."),
-    "kind-missing": Entry(500, "This server no longer knows the kind", False, "Install the kind."),
     "cursor-incompatible": Entry(
         500, "The saved position is of another version", False, "Retry from the start."
     ),

@@ -76,10 +76,6 @@ class JobsHandler(BaseHandler):
         """Start a process."""
         asked = self.json(StartRequest)
         manager = self.services.manager
-        if asked.kind in ("upload", "download"):
-            raise SluiceError(
-                "kind-not-startable", f"{asked.kind} begins with its transfer.", field="kind"
-            )
         not_before = None
         if asked.not_before is not None:
             if asked.not_before.tzinfo is None or not 1970 < asked.not_before.year < 9999:
@@ -91,7 +87,7 @@ class JobsHandler(BaseHandler):
             not_before = int(asked.not_before.timestamp() * 1000)
         job, _ = await manager.start(
             asked.kind,
-            manager.kinds.parse(asked.kind, asked.params),
+            manager.parse(asked.kind, asked.params),
             owner=self.caller.owner,
             client=self.caller.client,
             by=self.caller.by("rest"),

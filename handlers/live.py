@@ -365,11 +365,7 @@ class LiveHandler(WebSocketHandler):
         if asked.op == "start":
             start = msgspec.convert(asked.args, dict[str, Any])
             kind = str(start.get("kind", ""))
-            if kind in ("upload", "download"):
-                raise SluiceError(
-                    "kind-not-startable", f"{kind} begins with its transfer.", field="kind"
-                )
-            params = manager.kinds.parse(kind, start.get("params") or {})
+            params = manager.parse(kind, start.get("params") or {})
             name = start.get("name")
             job, _ = await manager.start(
                 kind,

@@ -183,19 +183,6 @@ class Body:
         self._error = error
         self._wake()
 
-    async def read_all(self, limit: int) -> bytes:
-        """The whole body. Raises body-too-long."""
-        if self.length is not None and self.length > limit:
-            raise SluiceError("body-too-long", f"The body has more than {limit:,} bytes.")
-        parts = []
-        size = 0
-        async for piece in self:
-            size += len(piece)
-            if size > limit:
-                raise SluiceError("body-too-long", f"The body has more than {limit:,} bytes.")
-            parts.append(bytes(piece))
-        return b"".join(parts)
-
     # Pulled from the stream
 
     async def _next_read(self) -> memoryview | None:

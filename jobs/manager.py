@@ -145,6 +145,20 @@ class Manager:
 
     # For handlers
 
+    def parse(self, kind: str, params: dict[str, Any]) -> dict[str, Any]:
+        """Check the parameters of a process that is to be started (see Registry.parse).
+
+        Raises kind-not-startable for a transfer.
+        """
+        self._check_startable(kind)
+        return self.kinds.parse(kind, params)
+
+    def _check_startable(self, kind: str) -> None:
+        if kind and kind in self._drivers:  # processes have one driver, under no name
+            raise SluiceError(
+                "kind-not-startable", f"{kind} begins with its transfer.", field="kind"
+            )
+
     async def start(
         self,
         kind: str,
@@ -164,12 +178,7 @@ class Manager:
         With ``live_name`` the name is unique among the owner's live jobs: a live one is returned
         instead, with False. Raises unknown-kind, queue-full, stopping.
         """
-        if kind in self._drivers:
-            raise SluiceError(
-                "kind-not-startable",
-                f"A job of kind {kind!r} begins with its transfer.",
-                field="kind",
-            )
+        self._check_startable(kind)
         if self.kinds.get(kind) is None:
             self.kinds.parse(kind, params)
         counts = await self._state.counts(None)
