@@ -62,16 +62,16 @@ def _whole(low: int, high: int, unit: str = "") -> Rule:
     return Rule(read, f"a whole number from {low} to {high}", str, "", (int,), unit, "N")
 
 
-def _size(low_bytes: int, high_bytes: int) -> Rule:
+def _size(low_bytes: int, high_bytes: int, unit: str = "bytes") -> Rule:
     def read(raw: str | int) -> int:
         match = re.fullmatch(r"([0-9]{1,18}) ?([kKMGT]i?B)?", str(raw))
-        if not match or (unit := match[2] or "") not in _SIZE_UNITS:
+        if not match or (times := match[2] or "") not in _SIZE_UNITS:
             raise ValueError
-        return _within(int(match[1]) * _SIZE_UNITS[unit], low_bytes, high_bytes)
+        return _within(int(match[1]) * _SIZE_UNITS[times], low_bytes, high_bytes)
 
     allowed = f"a size from {_show_size(low_bytes)} to {_show_size(high_bytes)}"
     how_written = "bytes, or with KiB, MiB, GiB, TiB, kB, MB, GB or TB"
-    return Rule(read, allowed, _show_size, how_written, (int, str), "bytes", "SIZE")
+    return Rule(read, allowed, _show_size, how_written, (int, str), unit, "SIZE")
 
 
 def _duration(low_s: float = 0.001, high_s: float = 3650 * DAY_S) -> Rule:
@@ -220,6 +220,35 @@ class Config:
         default=TIB,
         metadata=_about(_size(1, 1024 * TIB), "largest upload; a larger one is refused with 413"),
     )
+    quota_bytes: int = field(
+        default=0,
+        metadata=_about(
+            _size(0, 1024 * TIB),
+            "what one owner may have stored and under way together; 0 is no limit",
+        ),
+    )
+    max_uploads: int = field(
+        default=10_000,
+        metadata=_about(
+            _whole(1, 1_000_000, "uploads"),
+            "unfinished uploads of one owner; one more is refused with 429",
+        ),
+    )
+    digest: Literal["asked", "always"] = field(
+        default="asked",
+        metadata=_about(
+            _word("asked", "always"),
+            "whether SHA-256 and CRC-32 are computed of each upload, or only where the sender asks "
+            "for it; a process of its own does it",
+        ),
+    )
+    delete_completed: Literal["allow", "refuse"] = field(
+        default="allow",
+        metadata=_about(
+            _word("allow", "refuse"),
+            "whether DELETE of a completed upload (tus, resumable) removes the stored file",
+        ),
+    )
     max_json_bytes: int = field(
         default=MIB,
         metadata=_about(
@@ -266,6 +295,14 @@ class Config:
         default=5 * MINUTE_S,
         metadata=_about(
             _duration(), "a sender that sends nothing for so long, while not paused, is cut off"
+        ),
+    )
+    body_min_bytes_per_s: int = field(
+        default=100,
+        metadata=_about(
+            _size(0, GIB, "bytes/s"),
+            "a sender that is slower than this on average over body_idle_s, while not paused, is "
+            "cut off",
         ),
     )
     write_idle_s: float = field(

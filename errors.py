@@ -61,6 +61,8 @@ CATALOGUE: dict[str, Entry] = {
     "nothing-exporting": Entry(404, "You are not exporting any file", False, "Nothing to do."),
     "method-not-allowed": Entry(405, "The method is not allowed here", False, "See Allow."),
     "upload-stalled": Entry(408, "The sender sent nothing for too long", True, "Go on from there."),
+    "upload-gone": Entry(410, "The upload has ended", False, "Start it again."),
+    "media-type-wrong": Entry(415, "The body has a wrong type", False, "See the detail."),
     # State
     "upload-terminated": Entry(
         409, "The upload was aborted", False, "Start it again if it was not meant."
@@ -71,6 +73,16 @@ CATALOGUE: dict[str, Entry] = {
     "upload-busy": Entry(
         409, "Another request is writing this upload", True, "Wait for it, or ask for the offset."
     ),
+    "upload-taken-over": Entry(
+        409, "A newer request has taken the upload over", False, "Leave it to that request."
+    ),
+    "upload-finishing": Entry(
+        409, "All bytes are here; the upload is being checked", True, "Ask again in a moment."
+    ),
+    "upload-unfinished": Entry(
+        409, "The upload is not complete", True, "Send the rest, from the offset on."
+    ),
+    "upload-complete": Entry(409, "The upload is complete", False, "Nothing is to be sent."),
     "job-finished": Entry(409, "The job has ended", False, "Use retry to run it again."),
     "job-cancelling": Entry(409, "The job is being cancelled", False, "Wait until it has ended."),
     "job-live": Entry(409, "The job has not ended", False, "Cancel it first."),
@@ -80,6 +92,15 @@ CATALOGUE: dict[str, Entry] = {
     "too-large": Entry(413, "The file is larger than allowed", False, "Send a smaller file."),
     "range-not-satisfiable": Entry(
         416, "The range lies outside the file", False, "See Content-Range for the size."
+    ),
+    "quota-exceeded": Entry(
+        413, "The owner's quota does not allow it", False, "Delete files, then start again."
+    ),
+    "checksum-mismatch": Entry(
+        460, "The bytes have another checksum than was told", True, "Send them again."
+    ),
+    "too-many-uploads": Entry(
+        429, "Too many uploads are unfinished", True, "Finish or cancel some of them."
     ),
     "queue-full": Entry(429, "Too many jobs are waiting", True, "Try again later."),
     "too-many-sockets": Entry(429, "Too many live channels are open", True, "Close one of them."),

@@ -263,9 +263,10 @@ def test_help_tells_of_the_file_the_environment_and_add() -> None:
 
 @EACH_OPTION
 def test_names_end_with_their_unit(option: Option) -> None:
-    """A size ends with _bytes and a duration with _s, and nothing else does."""
+    """A size ends with _bytes, a rate with _per_s, a duration with _s, and nothing else does."""
     assert option.name.endswith("_bytes") == (option.rule.unit == "bytes")
-    assert option.name.endswith("_s") == (option.rule.unit == "seconds")
+    assert option.name.endswith("_bytes_per_s") == (option.rule.unit == "bytes/s")
+    assert option.name.endswith("_s") == (option.rule.unit in ("seconds", "bytes/s"))
 
 
 def test_the_documentation_is_up_to_date() -> None:
