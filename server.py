@@ -34,8 +34,8 @@ from tornado.web import Application
 from config import Config, ConfigError, load
 from errors import SluiceError
 from handlers import ROUTES
-from handlers.auth import Hosts
-from handlers.base import Life, NotFoundHandler, Services, Settings
+from handlers.auth import Cors, Hosts, Proxies
+from handlers.base import Door, Life, NotFoundHandler, Services, Settings
 from handlers.live import say_bye
 from handlers.now import Now
 from jobs.add import add
@@ -129,6 +129,10 @@ async def assembled(config: Config) -> AsyncIterator[Parts]:
             hold_s=config.pause_hold_s,
             idle_s=config.body_idle_s,
             durability=config.durability,
+            quota_bytes=config.quota_bytes,
+            max_uploads=config.max_uploads,
+            min_bytes_per_s=config.body_min_bytes_per_s,
+            digest=config.digest,
         ),
     )
     services = Services(
@@ -139,6 +143,8 @@ async def assembled(config: Config) -> AsyncIterator[Parts]:
         hub=Hub(state, boot),
         now=Now(),
         hosts=Hosts(config.address, config.hosts),
+        cors=Cors(config.cors_origins),
+        proxies=Proxies(config.trusted_proxies),
         life=Life(),
         settings=Settings(
             max_json_bytes=config.max_json_bytes,
@@ -161,9 +167,9 @@ async def assembled(config: Config) -> AsyncIterator[Parts]:
 
 def make_app(services: Services) -> Application:
     """The addresses of the service over its domain."""
-    return Application(
+    return Door(
         [(route.pattern, route.handler, route.options or {}) for route in ROUTES],
-        services=services,
+        services,
         default_handler_class=NotFoundHandler,
         websocket_max_message_size=64 << 10,
         log_function=_log_request,

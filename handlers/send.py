@@ -57,6 +57,11 @@ class Gate(Protocol):
         """Whether nothing may leave now."""
         ...
 
+    @property
+    def most_bytes(self) -> int | None:
+        """How long the next piece may be; None: any length."""
+        ...
+
     async def checkpoint(self) -> None:
         """Return when the next piece may leave."""
         ...
@@ -162,7 +167,7 @@ class Sender:
                     ahead += _READ_AHEAD_BYTES
                 quantum = min(_FILE_BYTES, turns.share)
                 try:
-                    n = os.sendfile(target, source, at, min(end - at, quantum))
+                    n = os.sendfile(target, source, at, _piece(end - at, quantum, gate))
                 except BlockingIOError:
                     work = 0
                     await self._wait(target, gate)
@@ -195,7 +200,7 @@ class Sender:
         try:
             while at < end:
                 await self._pass(gate)
-                data = await reader.read(at, min(end - at, _PLAIN_BYTES))
+                data = await reader.read(at, _piece(end - at, _PLAIN_BYTES, gate))
                 if not data:
                     raise SluiceError("storage-failed", "The file is shorter than it was.")
                 writing = asyncio.ensure_future(write(data))
@@ -229,6 +234,11 @@ class Sender:
             raise ClientGone("the reader read nothing for too long") from None
         finally:
             self._waiter = None
+
+
+def _piece(left: int, most: int, gate: Gate) -> int:
+    """How many bytes to send at once."""
+    return min(left, most, gate.most_bytes or most)
 
 
 def disposition(name: str, attachment: bool) -> str:

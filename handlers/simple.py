@@ -23,6 +23,7 @@ from handlers.send import send_file
 from handlers.wire import Body, Form, Part
 from jobs import Filter, Job
 from jobs.files import clean_name, now_ms
+from jobs.upload import Plan
 
 _INTEGER = re.compile(r"[0-9]{1,18}")
 _MAX_CHUNK_BYTES = 4 << 20
@@ -115,7 +116,7 @@ class UploadHandler(SimpleHandler):
 
     async def admit(self) -> None:
         """Refuse what the head of the request already shows to be wrong."""
-        await self.services.uploads.check_length(self.body.length)
+        await self.services.uploads.check(self.caller.owner, self.body.length)
         self.content_type = self.request.headers.get("Content-Type", "")
         self.is_form = self.content_type.lower().startswith("multipart/form-data")
         known = ("file_name", "bytes_read", "file_size", "is_complete")
@@ -134,7 +135,7 @@ class UploadHandler(SimpleHandler):
         self.offset = whole(self.values, "bytes_read") or 0
         self.size = whole(self.values, "file_size")
         self.complete = truth(self.values, "is_complete")
-        await self.services.uploads.check_length(self.size)
+        await self.services.uploads.check(self.caller.owner, self.size)
         job = await self.block_upload(self.name)
         stored = self.services.uploads.offset(job) if job is not None else 0
         if self.offset != stored:
@@ -184,8 +185,8 @@ class UploadHandler(SimpleHandler):
                     await uploads.write(upload, piece)
                 following = await form.next_part("file")
                 if following is not None:
-                    await uploads.next_part(upload, clean_name(following.filename, "filename"))
-            files = await uploads.finish(upload)
+                    await uploads.next_file(upload, clean_name(following.filename, "filename"))
+        files = await uploads.complete(job)
         answer: dict[str, Any] = {
             "message": f"{files[0].name} was uploaded.",
             "id": files[0].id,
@@ -222,10 +223,11 @@ class UploadHandler(SimpleHandler):
             resumable=True,
             length=self.size,
             live_name=f"blocks/{caller.client}/{self.name}",
+            plan=Plan(by_length=True),
         )
+        if self.size is not None:
+            job = await uploads.set_length(job, self.size)
         async with uploads.connect(job, self.body) as upload:
-            if self.size is not None:
-                upload.length = self.size
             before = upload.stored
             block: Body | Part = self.body
             form = Form(self.body, self.content_type) if self.is_form else None
@@ -246,7 +248,7 @@ class UploadHandler(SimpleHandler):
                     field="is_complete",
                     bytes_read=stored,
                 )
-            files = await uploads.finish(upload)
+        files = await uploads.complete(job)
         self.reply({"bytes_read": stored, "is_complete": True, "id": files[0].id, "job": job.id})
 
 
@@ -300,7 +302,7 @@ class ExportHandler(SimpleHandler):
         by = caller.by("simple")
         if "respond-async" in self.request.headers.get("Prefer", "").lower():
             job = await downloads.ready(file, owner=caller.owner, client=caller.client, by=by)
-            self.set_header("Location", f"/v1/jobs/{job.id}")
+            self.set_header("Location", self.location(f"/v1/jobs/{job.id}"))
             self.set_header("Preference-Applied", "respond-async")
             self.reply(self.services.manager.row(job), 202)
             return

@@ -130,13 +130,15 @@ class Body:
     """A request's body as pieces (see jobs.uploads.Pieces), pulled by whoever iterates.
 
     ``length`` is None for a chunked body. ``gate``, if set, is awaited before bytes are asked for,
-    so that a paused transfer stands there with empty hands.
+    so that a paused transfer stands there with empty hands. ``most_bytes``, if set, bounds the
+    piece that follows; not that of a chunked body, which Tornado cuts.
     """
 
     def __init__(self, connection: HTTP1Connection, length: int | None) -> None:
         self.length = length
         self.left = length
         self.gate: Callable[[], Awaitable[None]] | None = None
+        self.most_bytes: Callable[[], int | None] | None = None
         self.read_into_used = False
         self._stream: IOStream = connection.stream
         self._error: SluiceError | None = None
@@ -190,13 +192,15 @@ class Body:
         if not left:
             return None
         self.read_into_used = True
-        view = self._buffer(left)
+        most = self.most_bytes() if self.most_bytes is not None else None
+        piece = left if most is None else min(left, most)
+        view = self._buffer(piece)
         future = self._stream.read_into(view, partial=True)  # type: ignore[arg-type]
         if not future.done():  # type: ignore[attr-defined]
             loop = asyncio.get_running_loop()
             self._waiter = loop.create_future()
             future.add_done_callback(lambda _: self._wake())  # type: ignore[attr-defined]
-            self._wake_at(min(left, _BATCH_BYTES) if self._fast else 1)
+            self._wake_at(min(piece, _BATCH_BYTES) if self._fast else 1)
             timer = loop.call_later(_BATCH_S, self._is_slow) if self._wakes_at > 1 else None
             try:
                 await self._waiter
@@ -232,15 +236,15 @@ class Body:
         self._fast = False
         self._wake_at(1)
 
-    def _buffer(self, left: int) -> memoryview:
-        """A view to read into: big if bytes are waiting, else small, never beyond the body."""
-        n = min(left, turns.quantum)
+    def _buffer(self, piece: int) -> memoryview:
+        """A view to read into: big if bytes are waiting, else small, never beyond the piece."""
+        n = min(piece, turns.quantum)
         if n > _SMALL_BYTES and _readable_bytes(self._stream) > 0:
             self._big = turns.borrow()
             return memoryview(self._big)[:n]
         if self._small is None:
             self._small = bytearray(_SMALL_BYTES)
-        return memoryview(self._small)[: min(left, _SMALL_BYTES)]
+        return memoryview(self._small)[: min(piece, _SMALL_BYTES)]
 
     def _return_big(self) -> None:
         if self._big is not None and self._pending is None:
@@ -363,7 +367,8 @@ class Part:
 
     def __init__(self, form: Form, filename: str) -> None:
         self.filename = filename
-        self.gate: Callable[[], Awaitable[None]] | None = None  # the body's own gate is asked
+        self.gate: Callable[[], Awaitable[None]] | None = None  # the body's own are asked
+        self.most_bytes: Callable[[], int | None] | None = None
         self._form = form
 
     def __aiter__(self) -> AsyncIterator[memoryview]:

@@ -20,6 +20,7 @@ class FilePieces:
 
     def __init__(self, fd: int) -> None:
         self.gate: Callable[[], Awaitable[None]] | None = None
+        self.most_bytes: Callable[[], int | None] | None = None
         self._fd = fd
         self._error: SluiceError | None = None
 
@@ -53,6 +54,6 @@ async def add(uploads: Uploads, path: Path, owner: str) -> File:
         pieces = FilePieces(fd)
         async with uploads.connect(job, pieces) as upload:
             await uploads.append(upload, 0, pieces)
-            return (await uploads.finish(upload))[0]
+        return (await uploads.complete(job))[0]
     finally:
         os.close(fd)

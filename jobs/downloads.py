@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
-from time import monotonic
 
 from errors import SluiceError
 from jobs.flow import Flow, Peer
@@ -30,7 +29,7 @@ class Download:
     def __init__(self, downloads: Downloads, job: Job, hold_s: float) -> None:
         self.job = job
         self._downloads = downloads
-        self.flow = Flow(job.want, hold_s)
+        self.flow = Flow(job.want, hold_s, job.limit_bytes_per_s)
         self.meter = Meter("bytes", job.progress)
         self.sent = 0
         self.released = asyncio.Event()
@@ -39,6 +38,11 @@ class Download:
     def held(self) -> bool:
         """Whether nothing may leave now; meanwhile its clocks stand."""
         return not self.flow.open
+
+    @property
+    def most_bytes(self) -> int | None:
+        """How long the next piece may be; None: any length."""
+        return self.flow.next_bytes()
 
     async def checkpoint(self) -> None:
         """Return when the next piece may leave; raises what ends the download."""
@@ -49,7 +53,7 @@ class Download:
         """``n`` more bytes were handed to the kernel."""
         self.sent += n
         self._downloads.moved(n)
-        self.flow.moved_at = monotonic()
+        self.flow.spend(n)
         self.meter.mark(self.sent)
 
 
@@ -57,6 +61,7 @@ class Downloads:
     """The driver of all downloads, and the gate of a file that leaves without a job."""
 
     held = False
+    most_bytes: int | None = None
 
     def __init__(self, manager: Manager, state: State, *, hold_s: float) -> None:
         self._hold_s = hold_s
@@ -111,9 +116,10 @@ class Downloads:
         download = Download(self, job, self._hold_s)
         download.flow.peer = peer
         self._live[job.id] = download
-        current = await self._manager.get(job.id, job.owner)
+        current = await self._manager.get(job.id, job.owner)  # it may have changed since
         if current.want == "cancel":
             download.flow.end(_terminated(job))
+        download.flow.limit(current.limit_bytes_per_s)
         try:
             yield download
         except BaseException as error:
@@ -162,6 +168,12 @@ class Downloads:
         download.meter.hold()
         return False
 
+    def tune(self, job: Job) -> None:
+        """See Driver."""
+        download = self._live.get(job.id)
+        if download is not None:
+            download.flow.limit(job.limit_bytes_per_s)
+
     def force(self, job: Job) -> None:
         """See Driver; a download ends at once anyway."""
         self.signal(job)
@@ -186,10 +198,12 @@ class Downloads:
             "received_bytes": download.sent,
             "stored_bytes": download.sent,
             "durable_bytes": download.sent,
+            "processed_bytes": download.sent,
             "connected": job.state not in FINAL,
             "protocol": job.transfer.protocol,
             "stalled_since": None,
             "warm": job.want == "pause",
+            "limit_bytes_per_s": job.limit_bytes_per_s,
         }
         meter = download.meter
         return Glance(meter.finished() if finished else meter.progress(), transfer)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import unicodedata
 from collections.abc import Coroutine, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -24,6 +25,7 @@ from jobs.kinds import Registry
 from jobs.rows import job_row
 from jobs.states import Effect, Facts, Input
 from storage import (
+    UNSET,
     Boot,
     By,
     Event,
@@ -47,6 +49,10 @@ _RETENTION_S = 60.0
 _BATCH = 100  # transitions committed together at start-up
 _CONCLUDE_S = 2.0  # that a request waits for the commit of its outcome
 _AGAIN_S = 1.0  # before a report that could not be committed is tried again
+
+_NAME_CHARS = 200
+_PRIORITY = 9  # the highest
+_LIMIT_LOW, _LIMIT_HIGH = 1 << 10, 1 << 40  # bytes_per_s
 
 
 class Mark(NamedTuple):
@@ -78,6 +84,10 @@ class Driver(Protocol):
 
     def signal(self, job: Job) -> bool:
         """``job.want`` has changed. True: a live task will report what comes of it."""
+        ...
+
+    def tune(self, job: Job) -> None:
+        """``job.limit_bytes_per_s`` has changed."""
         ...
 
     def force(self, job: Job) -> None:
@@ -208,17 +218,19 @@ class Manager:
         kind: str,
         transfer: Transfer,
         *,
+        job_id: str | None = None,
         owner: str,
         client: str,
         name: str,
         by: By,
         cursor: Any = None,
+        params: dict[str, Any] | None = None,
         live_name: str | None = None,
         total: int | None = None,
     ) -> tuple[Job, bool]:
         """Create a transfer; it runs at once. ``live_name`` as in ``start``."""
         job = Job(
-            id=uuid7(),
+            id=job_id or uuid7(),
             kind=kind,
             name=name,
             owner=owner,
@@ -227,6 +239,7 @@ class Manager:
             created_at=now_ms(),
             transfer=transfer,
             cursor=cursor,
+            params=params or {},
             progress=Progress(total=total, unit="bytes"),
         )
         return await self._create(job, by, live_name)
@@ -251,6 +264,50 @@ class Manager:
         )
         assert done is not None
         return done
+
+    async def change(
+        self,
+        job_id: str,
+        *,
+        owner: str,
+        by: By,
+        name: str | None = None,
+        priority: int | None = None,
+        limit_bytes_per_s: int | None = UNSET,
+        if_version: int | None = None,
+    ) -> Job:
+        """Rename a job, move it in the queue, or limit its transfer; the job after it.
+
+        ``limit_bytes_per_s=None`` ends the limit. What is so already is no change: nothing is
+        logged. Raises job-unknown, version-mismatch, invalid-field, and job-finished for anything
+        but the name of a job that has ended.
+        """
+        asked = _asked(name, priority, limit_bytes_per_s)
+        while True:
+            job = await self.get(job_id, owner)
+            _check_version(job, if_version)
+            if job.transfer is None and "limit_bytes_per_s" in asked:
+                raise SluiceError(
+                    "invalid-field", "Only transfers have a limit.", field="limit_bytes_per_s"
+                )
+            if job.state in states.FINAL and asked.keys() != {"name"}:
+                raise SluiceError(
+                    "job-finished",
+                    f"The job is {job.state}: only its name can be changed.",
+                    job=job.id,
+                    state=job.state,
+                )
+            change = {field: new for field, new in asked.items() if new != getattr(job, field)}
+            if not change:
+                return job
+            cause = "renamed" if change.keys() == {"name"} else "command"
+            try:
+                after = await self._commit(job, states.noted(job, by=by, **change), cause, by.actor)
+            except Stale:
+                continue
+            if "limit_bytes_per_s" in change:
+                self._driver(after).tune(after)
+            return after
 
     async def retry(self, job_id: str, *, owner: str, by: By) -> Job:
         """A new job like one that has ended, from the start. Raises job-live, unknown-kind."""
@@ -574,10 +631,12 @@ class Manager:
                 "received_bytes": job.stored_bytes,
                 "stored_bytes": job.stored_bytes,
                 "durable_bytes": job.durable_bytes,
+                "processed_bytes": job.stored_bytes,
                 "connected": False,
                 "protocol": job.transfer.protocol,
                 "stalled_since": None,
                 "warm": False,
+                "limit_bytes_per_s": job.limit_bytes_per_s,
             }
         return job_row(job, glance.progress or job.progress, transfer)
 
@@ -768,6 +827,39 @@ class Manager:
 
 def _unknown(job_id: str) -> SluiceError:
     return SluiceError("job-unknown", f"There is no job with the id {job_id[:64]!r}.")
+
+
+def _asked(name: str | None, priority: int | None, limit_bytes_per_s: int | None) -> dict[str, Any]:
+    """The fields that a change asks for, checked."""
+    asked: dict[str, Any] = {}
+    if name is not None:
+        odd = any(unicodedata.category(c) in ("Cc", "Cs") for c in name)
+        if odd or not 1 <= len(name) <= _NAME_CHARS:
+            raise SluiceError(
+                "invalid-field",
+                f"name must be 1 to {_NAME_CHARS} characters, none of them a control character.",
+                field="name",
+            )
+        asked["name"] = name
+    if priority is not None:
+        if not 0 <= priority <= _PRIORITY:
+            raise SluiceError(
+                "invalid-field", f"priority must be 0 to {_PRIORITY}.", field="priority"
+            )
+        asked["priority"] = priority
+    if limit_bytes_per_s is not UNSET:
+        if limit_bytes_per_s is not None and not _LIMIT_LOW <= limit_bytes_per_s <= _LIMIT_HIGH:
+            raise SluiceError(
+                "invalid-field",
+                f"limit_bytes_per_s must be {_LIMIT_LOW:,} to {_LIMIT_HIGH:,}, or null.",
+                field="limit_bytes_per_s",
+            )
+        asked["limit_bytes_per_s"] = limit_bytes_per_s
+    if not asked:
+        raise SluiceError(
+            "invalid-field", "Say what shall change: name, priority or limit_bytes_per_s."
+        )
+    return asked
 
 
 def _check_version(job: Job, if_version: int | None) -> None:

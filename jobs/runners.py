@@ -546,6 +546,9 @@ class Runners:
             process.wake(job.want)
         return True
 
+    def tune(self, job: Job) -> None:
+        """See Driver; a process has no limit."""
+
     def force(self, job: Job) -> None:
         """See Driver."""
         process = self._live.get(job.id)

@@ -231,7 +231,7 @@ TRANSITIONS: Final[dict[tuple[str, Input], tuple[Row, ...]]] = {
     ),
     (RUNNING, Input.CRASH): (
         Row(FAILED, 200, (Effect.DISCARD,), is_fragile),
-        Row(RUNNING, 200, (), is_transfer, note=True),
+        Row(RUNNING, 200, (Effect.SIGNAL,), is_transfer, note=True),
         Row(QUEUED, 200, (Effect.QUEUE,)),
     ),
     (PAUSING, Input.CRASH): (

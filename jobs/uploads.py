@@ -1,31 +1,37 @@
 """Uploads: bytes that arrive become stored files, whatever dialect brings them.
 
-A dialect creates an upload, *connects* a request to it, appends pieces and finishes it. Everything
-else is here: the offset, the durable marks, pause and cancel, takeover by a newer request, expiry,
-and what a crash leaves behind.
+A dialect creates an upload, *connects* a request to it, appends pieces and, when all bytes are
+there, *completes* it. Everything else is here: the offset, the durable marks, pause and cancel,
+takeover by a newer request, room, expiry, and what a crash leaves behind.
 
 ``stored_bytes`` are written and committed before they are acknowledged; ``durable_bytes`` were
 forced to the disk before that was committed. After a crash the blob is cut back to the one, after
 a power cut to the other. The blobs of an upload are named in its cursor *before* they are
 published, so that a publishing without a row can always be found and taken back.
+
+What follows the last byte (jobs/publishing.py) belongs to no request: it goes on when the client
+has gone, and a client that asks again waits for the same outcome.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager
-from time import monotonic
-from typing import Any, NamedTuple, Protocol
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager, suppress
+from typing import NamedTuple, Protocol
+
+import msgspec
 
 from errors import SluiceError
-from jobs.files import media_type_of, now_ms, uuid7
-from jobs.flow import Flow, Peer
+from jobs.files import now_ms, uuid7
+from jobs.flow import Peer
 from jobs.manager import Glance, Manager
-from jobs.progress import Meter
+from jobs.publishing import Publishing, terminated
 from jobs.rows import rfc3339
+from jobs.space import Bounds, Space
 from jobs.states import FINAL, Input
+from jobs.upload import Plan, PlannedFile, Upload, plan_of
 from storage import (
     Blobs,
     By,
@@ -34,7 +40,6 @@ from storage import (
     Filter,
     Job,
     Progress,
-    Result,
     Rollback,
     State,
     Transfer,
@@ -46,8 +51,7 @@ log = logging.getLogger("sluice.uploads")
 KIND = "upload"
 
 _SAVE_BYTES = 64 << 20  # stored between two commits of a long request, at most
-_RESERVE_BYTES = 16 << 20  # of the disk, left for the state: else not even a cancel could be noted
-_CHECK_BYTES = 1 << 20  # written between two looks at that
+_CHECK_BYTES = 1 << 20  # written between two looks at the room
 _STALLED_S = 12.0  # shown as stalled
 _EXPIRY_BATCH = 200
 
@@ -60,10 +64,11 @@ class Pieces(Peer, Protocol):
     """A body as it arrives; each piece is valid only until the next is asked for.
 
     Raises ClientGone, or the error it was interrupted with. ``gate``, once set, is awaited before
-    bytes are asked for.
+    bytes are asked for; ``most_bytes``, once set, tells how long the next piece may be.
     """
 
     gate: Callable[[], Awaitable[None]] | None
+    most_bytes: Callable[[], int | None] | None
 
     def __aiter__(self) -> AsyncIterator[memoryview]:
         """The pieces in order."""
@@ -78,31 +83,10 @@ class Limits(NamedTuple):
     hold_s: float
     idle_s: float
     durability: str
-
-
-class Upload:
-    """A live upload: the one request that writes it, and where it stands."""
-
-    def __init__(self, job: Job, hold_s: float) -> None:
-        self.job = job
-        self.flow = Flow(job.want, hold_s)
-        self.meter = Meter("bytes", job.progress)
-        self.parts: list[dict[str, Any]] = [dict(part) for part in job.cursor["blobs"]]
-        self.writer: Writer | None = None
-        self.length = job.transfer.length_bytes if job.transfer is not None else None
-        self.received = job.stored_bytes
-        self.stored = job.stored_bytes  # written; committed at each save
-        self.saved = job.stored_bytes
-        self.durable = self.durable_saved = job.durable_bytes
-        self.check_at = 0  # stored bytes at which the room is looked at again
-        self.finishing = False
-        self.released = asyncio.Event()
-        self.meter.mark(job.stored_bytes)
-
-    @property
-    def before(self) -> int:
-        """Bytes in the parts before the one that is written now."""
-        return sum(part["bytes"] for part in self.parts[:-1])
+    quota_bytes: int = 0
+    max_uploads: int = 10_000
+    min_bytes_per_s: int = 0
+    digest: str = "asked"
 
 
 class Uploads:
@@ -110,14 +94,27 @@ class Uploads:
 
     def __init__(self, manager: Manager, state: State, blobs: Blobs, limits: Limits) -> None:
         self.limits = limits
+        self.received_bytes = 0  # since the start, of all uploads
         self._manager = manager
         self._state = state
         self._blobs = blobs
         self._live: dict[str, Upload] = {}
-        self.received_bytes = 0  # since the start, of all uploads
+        self._space = Space(
+            blobs, state, Bounds(limits.max_bytes, limits.quota_bytes, limits.max_uploads)
+        )
+        self._publishing = Publishing(manager, state, blobs, limits.digest == "always")
+        self._unforced: dict[str, Upload] = {}  # released since the last sync
+        self._waiting: dict[str, set[str]] = {}  # a part, and the uploads that are joined from it
         manager.use(self, KIND)
 
-    # For dialects
+    # For dialects: beginning and looking
+
+    async def check(self, owner: str, length: int | None) -> None:
+        """Raise what stands against a new upload of that length, before its first byte.
+
+        too-large, quota-exceeded, disk-full, too-many-uploads.
+        """
+        await self._space.check(owner, length)
 
     async def create(
         self,
@@ -131,36 +128,48 @@ class Uploads:
         length: int | None = None,
         expected: int | None = None,
         live_name: str | None = None,
+        params: Mapping[str, object] | None = None,
+        plan: Plan | None = None,
     ) -> tuple[Job, bool]:
         """Begin an upload of a file ``name``; a live one of ``live_name`` is returned instead.
 
-        ``length`` is binding; ``expected`` only tells the progress how long it may become.
-
-        Raises too-large or disk-full before the first byte when ``length`` says so.
+        ``length`` is binding; ``expected`` only tells the progress how long it may become. Room
+        for either is held until the upload ends. Raises as ``check`` does.
         """
-        await self.check_length(length)
-        return await self._manager.begin(
-            KIND,
-            Transfer(protocol=protocol, resumable=resumable, length_bytes=length),
-            owner=owner,
-            client=client,
-            name=name,
-            by=by,
-            cursor={"blobs": [{"id": uuid7(), "name": name, "bytes": 0}]},
-            total=length if length is not None else expected,
-            live_name=live_name,
-        )
-
-    async def check_length(self, length: int | None) -> None:
-        """Raise too-large for a length over the limit, disk-full for one without room."""
-        if length is None:
-            return
-        if length > self.limits.max_bytes:
-            raise SluiceError(
-                "too-large", f"At most {self.limits.max_bytes:,} bytes are taken, not {length:,}."
+        job_id = uuid7()
+        await self._space.reserve(job_id, owner, length if length is not None else expected)
+        plan = plan or Plan()
+        plan.blobs = [PlannedFile(uuid7(), name)]
+        try:
+            job, created = await self._manager.begin(
+                KIND,
+                Transfer(protocol=protocol, resumable=resumable, length_bytes=length),
+                job_id=job_id,
+                owner=owner,
+                client=client,
+                name=name,
+                by=by,
+                cursor=plan.to_json(),
+                params=dict(params or {}),
+                total=length if length is not None else expected,
+                live_name=live_name,
             )
-        if length > await self._blobs.free_bytes() - _RESERVE_BYTES:
-            raise SluiceError("disk-full", f"There is no room for {length:,} bytes.")
+        except BaseException:
+            self._space.free(job_id)
+            raise
+        if not created:
+            self._space.free(job_id)
+        for part in plan.parts if created else ():
+            self._waiting.setdefault(part, set()).add(job.id)
+        return job, created
+
+    async def get(self, job_id: str, owner: str, *protocols: str) -> Job:
+        """An upload that began in one of these dialects, live or ended. Raises upload-unknown."""
+        with suppress(SluiceError):
+            job = await self._manager.get(job_id, owner)
+            if job.transfer is not None and job.transfer.protocol in protocols:
+                return job
+        raise SluiceError("upload-unknown", f"No upload has the id {job_id[:64]!r}.")
 
     async def find(self, owner: str, client: str, name: str | None = None) -> list[Job]:
         """Unfinished uploads of a caller, newest first; those of a file ``name`` if given."""
@@ -176,45 +185,97 @@ class Uploads:
 
     def connected(self, job: Job) -> bool:
         """Whether a request is open that writes the upload."""
-        return job.id in self._live
+        live = self._live.get(job.id)
+        return live is not None and live.ending is None
+
+    def expires_at(self, job: Job) -> int | None:
+        """When the upload is dropped if nothing comes any more, in ms; None once it has ended."""
+        if job.state in FINAL:
+            return None
+        touched = max(job.created_at, job.saved_at, job.by.at if job.by else 0)
+        return touched + int(self.limits.expires_s * 1000)
+
+    # For dialects: writing
+
+    async def halt(self, job: Job) -> Job:
+        """End the request that writes the upload; the job, with its offset committed.
+
+        What the request had delivered is kept, its late bytes go nowhere, and watchers see that
+        it was taken over. An upload that is being finished is left alone.
+        """
+        upload = self._live.get(job.id)
+        if upload is not None and upload.ending is None:
+            await self._take_over(upload)
+        return await self._manager.get(job.id, job.owner)
+
+    async def set_length(self, job: Job, length: int) -> Job:
+        """Bind the length of an upload that began without one; the job after it.
+
+        Raises invalid-field if it had another one, or has more bytes already, and as ``check``.
+        """
+        assert job.transfer is not None
+        known = job.transfer.length_bytes
+        if known == length:
+            return job
+        if known is not None or length < self.offset(job):
+            at = f"was {known} before" if known is not None else "is less than what is stored"
+            raise SluiceError("invalid-field", f"The length {at}.", field="length")
+        await self._space.extend(job.id, length)
+        transfer = msgspec.structs.replace(job.transfer, length_bytes=length)
+        await self._manager.note(job.id, "command", transfer=transfer)
+        return await self._manager.get(job.id, job.owner)
+
+    async def expect(self, job: Job, digests: Mapping[str, str], *, wanted: bool = False) -> Job:
+        """Let the whole be checked against hex ``digests`` when it is complete; the job.
+
+        ``wanted``: digests are computed even where there is nothing to compare them with.
+        """
+        plan = plan_of(job)
+        if (wanted and not plan.digest) or any(plan.expect.get(k) != digests[k] for k in digests):
+            plan.expect |= digests
+            plan.digest |= wanted
+            await self._state.save(job.id, job.fence, cursor=plan.to_json())
+        return await self._manager.get(job.id, job.owner)
 
     @asynccontextmanager
     async def connect(self, job: Job, pieces: Pieces) -> AsyncIterator[Upload]:
         """Let a request write the upload; at the end everything it delivered is committed.
 
-        An earlier request that still holds the upload is ended, and its late bytes go nowhere. If
-        the upload is cancelled meanwhile, upload-terminated is raised in whatever the request
-        waits for. A form upload that ends unfinished has failed, and its bytes are freed.
+        An earlier request that still holds the upload is ended. If the upload is cancelled
+        meanwhile, upload-terminated is raised in whatever the request waits for. A form upload
+        that ends by an error has failed, and its bytes are freed.
         """
-        await self._take_over(job.id)
-        job = await self._manager.get(job.id, job.owner)
-        if job.state in FINAL:
-            raise SluiceError("upload-terminated", "The upload has ended.", job=job.id)
-        upload = Upload(job, self.limits.hold_s)
+        job, upload = await self._hold(job)
         upload.flow.peer = pieces
         pieces.gate = upload.flow.checkpoint
-        self._live[job.id] = upload
-        if job.want == "cancel":
-            upload.flow.end(_terminated(job))
+        pieces.most_bytes = upload.flow.next_bytes
         try:
-            if job.reason == "client-gone":
+            if job.reason in ("client-gone", "stalled"):
                 await self._manager.note(job.id, "client-back", reason=None)
             yield upload
         except BaseException as error:
             await self._broken_off(upload, error)
             raise
         else:
-            await self._release(upload)
+            await self._release(upload, sync=self.limits.durability == "always")
         finally:
             self._forget(upload)
-            if upload.finishing or upload.flow.error is not None:
-                # A pause or a cancel that came during the last commits was left to this request.
+            if upload.flow.error is not None:
+                # A cancel that came during the last commits was left to this request.
                 await self._manager.conclude(job.id, Input.UNWOUND)
 
-    async def append(self, upload: Upload, offset: int, pieces: Pieces) -> int:
-        """Write pieces from ``offset`` on; the offset after them, committed.
+    async def append(
+        self,
+        upload: Upload,
+        offset: int,
+        pieces: Pieces,
+        *,
+        checksums: Mapping[str, str] | None = None,
+    ) -> int:
+        """Write pieces from ``offset`` on, and commit them; the offset after them.
 
-        Raises offset-mismatch, too-large, disk-full, ClientGone; what was stored before stays.
+        With ``checksums`` (hex by algorithm) none of the bytes count before all have come and
+        have them. Raises offset-mismatch, checksum-mismatch, too-large, disk-full, ClientGone.
         """
         if offset != upload.stored:
             raise SluiceError(
@@ -222,90 +283,179 @@ class Uploads:
                 f"{upload.stored} bytes are stored; the block begins at {offset}.",
                 bytes_read=upload.stored,
             )
-        async for piece in pieces:
-            await self.write(upload, piece)
+        if checksums:
+            await self._append_checked(upload, pieces, checksums)
+        else:
+            async for piece in pieces:
+                await self.write(upload, piece)
         await self._save(upload)
         return upload.stored
 
+    async def _append_checked(
+        self, upload: Upload, pieces: Pieces, checksums: Mapping[str, str]
+    ) -> None:
+        """Write pieces that count only if their checksums are right (read by the helper)."""
+        await self._open(upload)
+        start = upload.stored - upload.before
+        digester = await self._blobs.digester(upload.blob.id, list(checksums), start=start)
+        upload.unchecked = True
+        try:
+            async for piece in pieces:
+                await self.write(upload, piece)
+                digester.follow(upload.written - upload.before)
+            await digester.reach(upload.written - upload.before)
+            found = await digester.result()
+            wrong = [name for name in checksums if found[name] != checksums[name]]
+            if wrong:
+                raise SluiceError(
+                    "checksum-mismatch",
+                    f"The {wrong[0]} of the bytes sent is another one; none of them is kept.",
+                    bytes_read=upload.stored,
+                )
+            upload.unchecked = False
+            self._stored(upload)
+        finally:
+            digester.close()
+            if upload.unchecked:
+                upload.unchecked = False
+                upload.written = upload.stored
+                await self._close_writer(upload)
+                await self._open(upload)  # which cuts off what does not count
+
     async def write(self, upload: Upload, piece: memoryview) -> None:
         """Write one piece as soon as the upload may go on."""
-        flow = upload.flow
-        upload.received += len(piece)
+        flow, n = upload.flow, len(piece)
+        upload.received += n
         if not flow.open:
             await flow.checkpoint()
         limit = self.limits.max_bytes if upload.length is None else upload.length
-        if upload.stored + len(piece) > limit:
+        if upload.written + n > limit:
             raise SluiceError("too-large", f"The upload is longer than {limit:,} bytes.")
-        if upload.stored >= upload.check_at:
-            upload.check_at = upload.stored + _CHECK_BYTES
-            if await self._blobs.free_bytes() < _RESERVE_BYTES + len(piece):
-                raise SluiceError(
-                    "disk-full", "The disk is full; the bytes stored so far are kept."
-                )
-        writer = await self._writer(upload)
-        upload.stored = upload.before + await writer.write(piece)
-        self.received_bytes += len(piece)
-        flow.moved_at = monotonic()
-        upload.meter.mark(upload.stored)
-        if upload.stored - upload.saved >= _SAVE_BYTES:
-            await self._save(upload)
+        if upload.written >= upload.check_at:
+            upload.check_at = upload.written + _CHECK_BYTES
+            await self._space.grow(upload.job.id, n)
+        writer = upload.writer or await self._open(upload)
+        upload.written = upload.before + await writer.write(piece)
+        self.received_bytes += n
+        flow.spend(n)
+        if not upload.unchecked:
+            self._stored(upload)
+            if upload.stored - upload.saved >= _SAVE_BYTES:
+                await self._save(upload)
 
-    async def next_part(self, upload: Upload, name: str) -> None:
+    async def next_file(self, upload: Upload, name: str) -> None:
         """Begin another file of a form. Its blob is known durably before it has bytes."""
-        await self._close_part(upload)
-        upload.parts.append({"id": uuid7(), "name": name, "bytes": 0})
-        await self._state.save(upload.job.id, upload.job.fence, cursor={"blobs": upload.parts})
+        await self._open(upload)  # an empty file is one, too
+        await self._close_writer(upload, sync=True)
+        upload.begin_file(PlannedFile(uuid7(), name))
+        await self._state.save(upload.job.id, upload.job.fence, cursor=upload.plan.to_json())
 
-    async def finish(self, upload: Upload) -> list[File]:
-        """Make the bytes durable and publish the files; they are visible when this returns.
+    # For dialects: the end
 
-        Raises upload-terminated if a cancel was committed first.
+    async def complete(self, job: Job, wait_s: float | None = None) -> list[File]:
+        """Finish an upload whose bytes are all here; its files, which are visible then.
+
+        The outcome belongs to the upload: whoever asks again gets the same one, and it is reached
+        without anybody asking, too. A part of a later whole is only made durable, and has no files.
+        Raises upload-finishing after ``wait_s``, upload-terminated if a cancel was committed first,
+        digest-mismatch, and what the storage refuses (then it can be tried again).
         """
+        upload = self._live.get(job.id)
+        if upload is None or upload.ending is None:
+            ended = await self._manager.get(job.id, job.owner)
+            if ended.state in FINAL:
+                return await self.outcome(ended)
+            _, upload = await self._hold(job, takes_over=False)
+            upload.ending = self._manager.spawn(self._end(upload))
+        await asyncio.wait([upload.ending], timeout=wait_s)
+        if not upload.ending.done():
+            raise SluiceError("upload-finishing", retry_after_s=2, job=job.id)
+        if upload.failure is not None:
+            raise upload.failure
+        return upload.files
+
+    async def outcome(self, job: Job) -> list[File]:
+        """The files of an upload that has ended; raises why there are none.
+
+        A file that was deleted since is given as it was.
+        """
+        if job.state == "succeeded" and job.result is not None:
+            made = {"owner": job.owner, "job": job.id, "created_at": job.ended_at or 0}
+            return [msgspec.convert(row | made, File) for row in job.result.data.get("files", [])]
+        if job.state == "failed" and job.error is not None:
+            raise SluiceError(job.error["code"], job.error["detail"], job=job.id)
+        if job.reason == "expired":
+            raise SluiceError("upload-gone", "It was left alone for too long.", job=job.id)
+        raise terminated(job)
+
+    async def fail(self, job: Job, error: SluiceError) -> None:
+        """End an upload that can't become what it was announced to be; its bytes go."""
+        await self.halt(job)
+        await self._manager.conclude(job.id, Input.FAIL, error=error)
+
+    async def _end(self, upload: Upload) -> None:
+        """Finish an upload, and leave the outcome in it. Raises nothing."""
         job = upload.job
-        await upload.flow.checkpoint()
-        upload.finishing = True
-        await self._writer(upload)  # an empty file, or all bytes came with earlier requests
-        await self._close_part(upload)
-        upload.durable = upload.stored
-        upload.meter.mark(upload.stored, upload.stored)
-        await self._save(upload)
         try:
-            files = [await self._publish(job, part) for part in upload.parts]
-            data = {"files": [file.id for file in files]} if len(files) > 1 else {}
-            ended = await self._manager.report(
-                job.id,
-                Input.FINISH,
-                fence=job.fence,
-                files=files,
-                result=Result(file=files[0].id, data=data),
-            )
-        except SluiceError:  # no row followed: a later request shall find the bytes again
-            for part in upload.parts:
-                await self._blobs.unpublish(part["id"])
-            raise
-        if ended is None or ended.state != "succeeded":
-            await self._manager.settled(job.id)
-            raise _terminated(job)
-        return [await self._file(file) for file in files]
+            upload.files = await self._publishing.run(upload)
+            if upload.plan.partial:
+                self._part_arrived(job)
+            else:
+                self._space.free(job.id)
+                for part in upload.plan.parts:
+                    await self._joined(part, job)
+        except (SluiceError, Fenced) as error:
+            failure = error if isinstance(error, SluiceError) else terminated(job)
+            upload.failure = failure
+            await self._not_ended(upload, failure)
+        except Exception as error:
+            log.error("upload %s could not be finished", job.id, exc_info=error)
+            upload.failure = SluiceError("internal")
+        finally:
+            self._forget(upload)
 
-    async def _writer(self, upload: Upload) -> Writer:
-        """The current part's blob, opened at its end when it is first needed."""
-        if upload.writer is None:
-            upload.writer = await self._blobs.writer(
-                upload.parts[-1]["id"], upload.job.fence, offset=upload.stored - upload.before
-            )
-        return upload.writer
+    async def _not_ended(self, upload: Upload, error: SluiceError) -> None:
+        job_id = upload.job.id
+        if error.code == "upload-terminated":
+            await self._manager.conclude(job_id, Input.UNWOUND)
+            await self._manager.settled(job_id)
+        elif error.code == "stopping":
+            await self._stopped(upload.job)
+        elif error.code == "digest-mismatch" or not self._resumable(upload.job):
+            await self._manager.conclude(job_id, Input.FAIL, error=error)
+        else:
+            log.warning("upload %s could not be finished: %s", job_id, error)
 
-    async def _publish(self, job: Job, part: dict[str, Any]) -> File:
-        return File(
-            id=part["id"],
-            name=part["name"],
-            bytes=await self._blobs.publish(part["id"], part["name"]),
-            media_type=media_type_of(part["name"]),
-            owner=job.owner,
-            job=job.id,
-            created_at=now_ms(),
-        )
+    # Wholes and their parts
+
+    def _part_arrived(self, part: Job) -> None:
+        for whole in self._waiting.get(part.id, ()):
+            self._manager.spawn(self._go_on(whole))
+
+    async def _go_on(self, job_id: str) -> None:
+        """Finish an upload, for nobody who waits, if all its bytes are here."""
+        with suppress(SluiceError):
+            job = await self._state.get(job_id)
+            if job is not None and job.state == "running" and await self.arrived(job):
+                await self.complete(job)
+
+    async def arrived(self, job: Job) -> bool:
+        """Whether all bytes of an upload (or of all its parts) are here."""
+        plan = plan_of(job)
+        for part_id in plan.parts:
+            part = await self._state.get(part_id, job.owner)
+            if part is None or not plan_of(part).complete:
+                return False
+        length = job.transfer.length_bytes if job.transfer is not None else None
+        return bool(plan.parts) or plan.complete or (plan.by_length and self.offset(job) == length)
+
+    async def _joined(self, part_id: str, whole: Job) -> None:
+        """A part's bytes are in the whole now: it has succeeded, and its own are freed."""
+        self._waiting.pop(part_id, None)
+        part = await self._state.get(part_id)
+        if part is not None and part.state not in FINAL:
+            await self._publishing.hand_over(part, whole)
+            await self.discard(part)
 
     # For the manager (see Driver)
 
@@ -316,14 +466,22 @@ class Uploads:
         """See Driver."""
         upload = self._live.get(job.id)
         if upload is None:
+            if job.want == "run":
+                self._manager.spawn(self._go_on(job.id))  # it was paused while it was finished
             return False
         if job.want == "cancel":
-            upload.flow.end(_terminated(job))
+            upload.flow.end(terminated(job))
             return True
         upload.flow.signal(job.want)
         upload.meter.hold()
         # Nothing is written any more from here on, so the pause is already in force.
-        return upload.finishing
+        return upload.publishing
+
+    def tune(self, job: Job) -> None:
+        """See Driver."""
+        upload = self._live.get(job.id)
+        if upload is not None:
+            upload.flow.limit(job.limit_bytes_per_s)
 
     def force(self, job: Job) -> None:
         """See Driver; an upload ends at once anyway."""
@@ -332,26 +490,27 @@ class Uploads:
     async def rollback(self, job: Job) -> Rollback | None:
         """See Driver: the bytes go."""
         upload = self._live.get(job.id)
-        if upload is not None and upload.writer is not None:
-            writer, upload.writer = upload.writer, None
-            await writer.close()
+        if upload is not None:
+            await self._close_writer(upload)
         await self.discard(job)
         return None
 
     async def discard(self, job: Job) -> None:
         """See Driver."""
-        for part in (job.cursor or {"blobs": []})["blobs"]:
-            await self._blobs.discard(part["id"])
         upload = self._live.get(job.id)
-        for part in upload.parts if upload is not None else []:
-            await self._blobs.discard(part["id"])
+        blobs = plan_of(job).blobs + (upload.plan.blobs if upload is not None else [])
+        for blob in {blob.id for blob in blobs}:
+            self._publishing.forget(blob)
+            await self._blobs.discard(blob)
+        self._space.free(job.id)
 
     async def recover(self, job: Job, same_boot: bool) -> list[str]:
         """See Driver: cut the blob back to what was acknowledged."""
-        blobs = [part["id"] for part in job.cursor["blobs"]]
+        plan = plan_of(job)
+        blobs = [blob.id for blob in plan.blobs]
         for blob in blobs:
             await self._blobs.unpublish(blob)
-        if job.transfer is None or not job.transfer.resumable or job.want == "cancel":
+        if not self._resumable(job) or job.want == "cancel":
             return blobs
         stored = job.stored_bytes if same_boot else job.durable_bytes
         size = await self._blobs.size(blobs[-1]) or 0
@@ -362,7 +521,18 @@ class Uploads:
         if stored != job.stored_bytes:
             log.warning("upload %s: %d of %d bytes are left", job.id, stored, job.stored_bytes)
             durable = min(stored, job.durable_bytes)
-            await self._state.save(job.id, job.fence, stored_bytes=stored, durable_bytes=durable)
+            plan.complete = False
+            await self._state.save(
+                job.id,
+                job.fence,
+                cursor=plan.to_json(),
+                stored_bytes=stored,
+                durable_bytes=durable,
+            )
+        length = job.transfer.length_bytes if job.transfer is not None else None
+        self._space.hold(job.id, job.owner, length, stored)
+        for part in plan.parts:
+            self._waiting.setdefault(part, set()).add(job.id)
         return blobs
 
     def glance(self, job: Job, finished: bool = False) -> Glance:
@@ -371,8 +541,14 @@ class Uploads:
         if upload is None:
             if job.transfer is None or job.state in FINAL:
                 return Glance(None, None)
-            done = Progress(done=job.stored_bytes, total=job.transfer.length_bytes, unit="bytes")
-            return Glance(done, None)
+            progress = msgspec.structs.replace(
+                job.progress,
+                done=job.stored_bytes,
+                total=job.transfer.length_bytes,
+                rate_per_s=None,
+                eta_s=None,
+            )
+            return Glance(progress, None)
         progress = upload.meter.finished() if finished else upload.meter.progress()
         return Glance(
             progress,
@@ -380,10 +556,12 @@ class Uploads:
                 "received_bytes": upload.received,
                 "stored_bytes": upload.stored,
                 "durable_bytes": upload.durable,
-                "connected": job.state not in FINAL,
+                "processed_bytes": upload.processed,
+                "connected": job.state not in FINAL and upload.ending is None,
                 "protocol": upload.job.transfer.protocol if upload.job.transfer else "",
                 "stalled_since": rfc3339(upload.flow.stalled_at),
                 "warm": job.want == "pause",
+                "limit_bytes_per_s": job.limit_bytes_per_s,
             },
         )
 
@@ -396,14 +574,26 @@ class Uploads:
 
     async def save(self) -> None:
         """See Driver; here also senders that send nothing are noticed."""
-        for upload in list(self._live.values()):
-            if upload.finishing:
-                continue
-            self._watch_idle(upload)
-            try:
-                await self._save(upload, sync=self.limits.durability == "interval")
-            except (Fenced, SluiceError) as error:
-                log.warning("upload %s could not be saved: %s", upload.job.id, error)
+        interval = self.limits.durability == "interval"
+        lives = [upload for upload in self._live.values() if upload.ending is None]
+        for upload in lives:
+            self._watch(upload)
+        left, self._unforced = self._unforced, {}
+        await asyncio.gather(
+            *(self._try_save(upload, interval) for upload in lives),
+            *(self._force(upload) for upload in left.values() if upload.job.id not in self._live),
+        )
+
+    async def _force(self, upload: Upload) -> None:
+        """Force to the disk what a request has left behind that has ended since."""
+        at = upload.stored - upload.before
+        try:
+            upload.writer = await self._blobs.writer(upload.blob.id, upload.job.fence, offset=at)
+            await self._save(upload, sync=True)
+        except (Fenced, SluiceError) as error:  # it has ended, or the disk is in trouble
+            log.debug("upload %s was not forced to the disk: %s", upload.job.id, error)
+        finally:
+            await self._close_writer(upload)
 
     async def stop(self) -> None:
         """See Driver: end the open requests, keeping what they delivered."""
@@ -414,14 +604,13 @@ class Uploads:
 
     async def expire(self) -> int:
         """Cancel unfinished uploads that were left alone for too long; how many."""
-        before = now_ms() - int(self.limits.expires_s * 1000)
+        now = now_ms()
         after: int | None = None
         expired = 0
         while True:
             page = await self._state.find(Filter(kinds=(KIND,), live=True), after, _EXPIRY_BATCH)
             for job in page.items:
-                touched = max(job.created_at, job.saved_at, job.by.at if job.by else 0)
-                if touched < before and job.id not in self._live:
+                if (self.expires_at(job) or now) < now and job.id not in self._live:
                     await self._manager.report(job.id, Input.EXPIRE)
                     expired += 1
             if page.next is None:
@@ -430,29 +619,44 @@ class Uploads:
 
     # Inside
 
-    async def _take_over(self, job_id: str) -> None:
-        """End the request that holds the upload, and wait until it has let go."""
-        while (earlier := self._live.get(job_id)) is not None:
-            if earlier.finishing:
-                raise SluiceError("upload-busy", "The upload is being finished.", job=job_id)
-            earlier.flow.end(
-                SluiceError("upload-busy", "A newer request has taken the upload over.")
-            )
-            await earlier.released.wait()
+    async def _hold(self, job: Job, *, takes_over: bool = True) -> tuple[Job, Upload]:
+        """Make the upload live for one writer, after any other has let go."""
+        while True:
+            while (earlier := self._live.get(job.id)) is not None:
+                if earlier.ending is not None:
+                    raise SluiceError("upload-finishing", retry_after_s=2, job=job.id)
+                if not takes_over:
+                    raise SluiceError("upload-busy", retry_after_s=1, job=job.id)
+                await self._take_over(earlier)
+            job = await self._manager.get(job.id, job.owner)
+            if job.state in FINAL:
+                raise SluiceError("upload-terminated", "The upload has ended.", job=job.id)
+            if job.id not in self._live:
+                break
+        upload = Upload(job, self.limits.hold_s)
+        self._live[job.id] = upload
+        if job.want == "cancel":
+            upload.flow.end(terminated(job))
+        return job, upload
+
+    async def _take_over(self, earlier: Upload) -> None:
+        """End the request that writes an upload, and wait until it has let go."""
+        earlier.flow.end(SluiceError("upload-taken-over", job=earlier.job.id))
+        await earlier.released.wait()
+        self._manager.spawn(self._manager.note(earlier.job.id, "taken-over"))
 
     async def _broken_off(self, upload: Upload, error: BaseException) -> None:
         """The request ended by an error: keep what may be kept, report what has happened."""
         job = upload.job
         code = error.code if isinstance(error, SluiceError) else ""
         gone = isinstance(error, ClientGone)
-        await self._release(upload)
+        await self._release(upload, sync=self.limits.durability == "always")
         if code == "upload-terminated":
             await self._manager.conclude(job.id, Input.UNWOUND)
             await self._manager.settled(job.id)
         elif code == "stopping":
-            interrupted = SluiceError("interrupted", "The server stopped during the upload.")
-            await self._manager.conclude(job.id, Input.SHUTDOWN, error=interrupted)
-        elif job.transfer is not None and not job.transfer.resumable:
+            await self._stopped(job)
+        elif not self._resumable(job):
             failure = SluiceError("client-gone" if gone else "internal")
             if isinstance(error, SluiceError):
                 failure = error
@@ -463,37 +667,62 @@ class Uploads:
             self._forget(upload)  # so that the event shows it as no longer connected
             await self._manager.note(job.id, "client-gone", reason="client-gone")
 
-    async def _release(self, upload: Upload) -> None:
-        """Commit what was written and let the blob go."""
-        if upload.writer is not None:
+    async def _stopped(self, job: Job) -> None:
+        interrupted = SluiceError("interrupted", "The server stopped during the upload.")
+        await self._manager.conclude(job.id, Input.SHUTDOWN, error=interrupted)
+
+    def _resumable(self, job: Job) -> bool:
+        return job.transfer is not None and job.transfer.resumable
+
+    def _stored(self, upload: Upload) -> None:
+        """What was written counts."""
+        upload.advance(upload.written)
+        self._space.moved(upload.job.id, upload.stored)
+
+    async def _open(self, upload: Upload) -> Writer:
+        """The current file's blob, opened at its end."""
+        if upload.writer is None:
+            upload.writer = await self._blobs.writer(
+                upload.blob.id, upload.job.fence, offset=upload.stored - upload.before
+            )
+            upload.digester = await self._publishing.digester(upload)
+        return upload.writer
+
+    async def _close_writer(self, upload: Upload, *, sync: bool = False) -> None:
+        writer, upload.writer = upload.writer, None
+        if writer is not None:
             try:
-                if not upload.finishing:
-                    await self._save(upload, sync=self.limits.durability == "always")
-            except (Fenced, SluiceError) as error:
-                log.warning("upload %s could not be saved: %s", upload.job.id, error)
-            writer, upload.writer = upload.writer, None
-            await writer.close()
+                if sync:
+                    await writer.sync()
+            finally:
+                await writer.close()
+
+    async def _release(self, upload: Upload, *, sync: bool) -> None:
+        """Commit what was written and let the blob go."""
+        await self._try_save(upload, sync)
+        await self._close_writer(upload)
+        interval = self.limits.durability == "interval"
+        if interval and self._resumable(upload.job) and upload.durable < upload.stored:
+            self._unforced[upload.job.id] = upload
 
     def _forget(self, upload: Upload) -> None:
         if self._live.get(upload.job.id) is upload:
             del self._live[upload.job.id]
         upload.released.set()
 
-    async def _close_part(self, upload: Upload) -> None:
-        """End the current part durably."""
-        if upload.writer is not None:
-            await upload.writer.sync()
-            writer, upload.writer = upload.writer, None
-            await writer.close()
-        upload.parts[-1]["bytes"] = upload.stored - upload.before
+    async def _try_save(self, upload: Upload, sync: bool) -> None:
+        try:
+            await self._save(upload, sync=sync)
+        except (Fenced, SluiceError) as error:
+            log.warning("upload %s could not be saved: %s", upload.job.id, error)
 
     async def _save(self, upload: Upload, *, sync: bool | None = None) -> None:
         """Commit the offset; with ``sync`` what it covers is durable as well."""
         if sync is None:
             sync = self.limits.durability == "always"
-        stored = upload.stored
+        stored, before = upload.stored, upload.before
         if sync and upload.writer is not None and upload.durable < stored:
-            upload.durable = upload.before + await upload.writer.sync()
+            upload.durable = min(stored, before + await upload.writer.sync())
         forced = upload.durable if upload.durable > upload.durable_saved else None
         if stored == upload.saved and forced is None:
             return
@@ -504,27 +733,15 @@ class Uploads:
             durable_bytes=forced,
             progress=upload.meter.progress(),
         )
-        upload.saved = stored
+        upload.saved = max(upload.saved, stored)
         upload.durable_saved = max(upload.durable_saved, forced or 0)
 
-    def _watch_idle(self, upload: Upload) -> None:
-        """Show a sender that sends nothing as stalled; end it after ``idle_s``.
-
-        One that was silent before it was paused never comes to the checkpoint: it ends here, too.
-        """
-        idle_s = monotonic() - upload.flow.moved_at
-        if upload.flow.open and idle_s > self.limits.idle_s:
-            upload.flow.end(SluiceError("upload-stalled"))
-        elif upload.flow.want == "pause" and idle_s > self.limits.hold_s:
-            upload.flow.end(SluiceError("paused-too-long", retry_after_s=60))
-        elif not upload.flow.open or idle_s < _STALLED_S:
-            upload.flow.stalled_at = None
-        elif upload.flow.stalled_at is None:
-            upload.flow.stalled_at = now_ms() - int(idle_s * 1000)
-
-    async def _file(self, file: File) -> File:
-        return await self._state.file(file.id, file.owner) or file
-
-
-def _terminated(job: Job) -> SluiceError:
-    return SluiceError("upload-terminated", f"The upload of {job.name} was aborted.", job=job.id)
+    def _watch(self, upload: Upload) -> None:
+        """Notice a sender that sends nothing, and one that sends again."""
+        before = upload.flow.stalled_at
+        upload.watch(
+            self.limits.idle_s, self.limits.min_bytes_per_s, self.limits.hold_s, _STALLED_S
+        )
+        if (before is None) != (upload.flow.stalled_at is None):
+            cause, reason = ("stalled", "stalled") if before is None else ("client-back", None)
+            self._manager.spawn(self._manager.note(upload.job.id, cause, reason=reason))

@@ -32,7 +32,8 @@ function who(by, me) {
 
 // An upload whose sender has gone: said only once it has been gone for a while.
 function isAway(row, app) {
-  if (row.kind !== "upload" || performance.now() - Math.max(row.movedAt, row.toldAt) < AWAY_MS) return false;
+  const busy = ["waiting", "joining", "checking", "publishing"].includes(row.progress.phase);
+  if (row.kind !== "upload" || busy || performance.now() - Math.max(row.movedAt, row.toldAt) < AWAY_MS) return false;
   if (app.channel.state === "live") app.store.recheck(row);
   return row.transfer?.connected === false;
 }
@@ -124,7 +125,7 @@ function running(row, app, said) {
   }
   const still = isTransfer(row) && performance.now() - Math.max(row.movedAt, row.toldAt) > STILL_MS;
   if (row.transfer?.stalled_since && still) said.left = words.stalled(format.time(row.transfer.stalled_since));
-  else if (!still) said.left = format.left(progress.eta_s) || progress.message || progress.phase || "";
+  else if (!still) said.left = format.left(progress.eta_s) || progress.message || (words.phase[progress.phase] ?? progress.phase) || "";
   return { ...said, rate: still ? "" : format.rate(progress.rate_per_s, progress.unit) };
 }
 

@@ -139,7 +139,7 @@ export class Uploads {
       }
       if (body?.code === "upload-terminated") throw new Stop("");
       const goesOn = status === 0 || status === 408 || status === 429 || status === 503
-        || ["offset-mismatch", "upload-busy"].includes(body?.code);
+        || ["offset-mismatch", "upload-busy", "upload-finishing"].includes(body?.code);
       if (!goesOn) throw new Stop(`${body?.detail ?? status} ${body?.next ?? ""}`.trim());
       size = FIRST_BLOCK;
       if (body?.code === "paused-too-long") await this.resumed(item);

@@ -75,6 +75,7 @@ export const words = {
   doing: { pause: "Pausing", resume: "Resuming", cancel: "Cancelling", retry: "Retrying", delete: "Removing" },
   refused: (act, why) => `${act} did not work: ${why}`,
 
+  phase: { receiving: "", waiting: "Waits for the other parts", joining: "Joining the parts", checking: "Checking", publishing: "" },
   soFar: (amount) => `${amount} so far`,
   stalled: (at) => `no data since ${at}`,
   waits: {
@@ -109,6 +110,7 @@ export const words = {
     "disk-full": "Free some space, then retry.",
     "kind-failed": "Retry, or see the details.",
     "upload-stalled": "Send it again.",
+    "quota-exceeded": "Delete files, then send it again.",
     "cursor-incompatible": "Retry runs it from the start.",
   },
 

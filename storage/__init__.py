@@ -17,7 +17,7 @@ milliseconds since 1970, UTC.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -407,6 +407,28 @@ class Reader(Protocol):
         ...
 
 
+class Digester(Protocol):
+    """Hashes a blob while it grows, outside of this process."""
+
+    processed: int  # bytes hashed, as an offset in the blob
+
+    def follow(self, upto: int) -> None:
+        """Everything before ``upto`` is there and will not change: hash it when there is time."""
+        ...
+
+    async def reach(self, upto: int) -> None:
+        """Return when everything before ``upto`` was hashed. Raises storage-failed."""
+        ...
+
+    async def result(self) -> dict[str, str]:
+        """The digests of what was hashed so far, in hex, by the algorithm's name."""
+        ...
+
+    def close(self) -> None:
+        """Forget it."""
+        ...
+
+
 class Blobs(Protocol):
     """Everything that is bytes: unfinished blobs that grow, published ones that never change."""
 
@@ -439,12 +461,34 @@ class Blobs(Protocol):
         """Read a published blob, or an unfinished one with ``name=None``. May raise not-found."""
         ...
 
+    async def digester(
+        self,
+        blob_id: str,
+        algorithms: Collection[str],
+        *,
+        start: int = 0,
+        name: str | None = None,
+    ) -> Digester:
+        """Hash a blob (see ``reader`` for ``name``) from ``start`` on, while it grows.
+
+        Algorithms: sha-256, sha-512, sha (SHA-1), md5, crc-32.
+        """
+        ...
+
     async def discard(self, blob_id: str) -> None:
         """Remove a blob, published or not, without stopping the loop; unknown ids are fine."""
         ...
 
-    async def concat(self, blob_id: str, parts: Sequence[tuple[str, str | None]]) -> int:
-        """Make an unfinished blob of others, (id, name) each, in order; its bytes."""
+    async def concat(
+        self,
+        blob_id: str,
+        parts: Sequence[tuple[str, str | None]],
+        pace: Callable[[int], Awaitable[None]] | None = None,
+    ) -> int:
+        """Make an unfinished blob of others, (id, name) each, in order; its bytes.
+
+        ``pace`` is awaited between slices with the bytes so far; what it raises ends the joining.
+        """
         ...
 
     async def sweep(self, keep: Collection[str]) -> int:

@@ -834,7 +834,7 @@ def test_a_newer_request_takes_a_stalled_upload_over(caller: Caller, name: str) 
         at = caller.get(f"/upload?file_name={name}").json["bytes_read"]
         done = caller.block(name, at, b"end", "&is_complete=1")
         assert done.status == 200, done
-        refused(raw.answer(), 409, "upload-busy")
+        refused(raw.answer(), 409, "upload-taken-over")
     assert caller.content(done.json["id"]) == bytes(100_000) + b"end"
 
 
