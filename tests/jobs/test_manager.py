@@ -27,10 +27,11 @@ from hypothesis.stateful import (
 )
 
 from errors import SluiceError
+from jobs.downloads import Downloads
 from jobs.kinds import Kind
 from jobs.manager import Limits
 from jobs.states import FINAL
-from storage import Job
+from storage import File, Job
 from tests.harness import FULL
 from tests.jobs.world import OWNER, World, a_kind, eventually
 
@@ -910,7 +911,7 @@ async def test_result_that_is_no_json_fails_the_job(tmp_path: Path) -> None:
         assert world.published() == {}
 
 
-# ---- Retry, delete, progress ----
+# ---- Retry, delete ----
 
 
 async def test_retry_makes_a_new_job(tmp_path: Path) -> None:
@@ -952,6 +953,225 @@ async def test_delete_is_for_ended_jobs_and_happens_once(tmp_path: Path) -> None
         with pytest.raises(SluiceError, match="job-unknown"):
             await world.job(job_id)
         assert (await world.state.events(0, 99))[-1].to == "deleted"
+
+
+# ---- Change ----
+
+
+class Silent:
+    """The connection of a transfer of which nothing is wanted."""
+
+    def interrupt(self, error: SluiceError) -> None:
+        """See Peer."""
+
+
+async def a_download(world: World, downloads: Downloads) -> Job:
+    """A download that runs, with nobody connected."""
+    file = File(
+        id="f", name="f.bin", bytes=9, media_type="x/y", owner=OWNER, job=None, created_at=1
+    )
+    return await downloads.create(file, 9, owner=OWNER, client="", by=world.by(), protocol="export")
+
+
+async def last_event(world: World, job: Job) -> tuple[str | None, str, str, str]:
+    """What was logged last of a job, after a look at the version."""
+    event = (await world.history(job.id))[-1]
+    assert event.version == job.version
+    return event.from_, event.to, event.cause, event.actor
+
+
+async def test_job_is_renamed_in_any_state(tmp_path: Path) -> None:
+    """A new name is an event that is no transition, with its author, also when the job is over."""
+    bench = Bench()
+    async with World(tmp_path, bench.walker) as world:
+        job_id = await world.start("walk")
+        for name, verb, state in (
+            ("runs", "pause", "running"),
+            ("waits", "cancel", "paused"),
+            ("is over", "", "cancelled"),
+        ):
+            before = await world.until(job_id, state)
+            by = world.by()
+            job = await world.manager.change(job_id, owner=OWNER, by=by, name=name)
+            assert job == await world.job(job_id)
+            assert (job.name, job.state, job.by) == (name, state, by)
+            assert job.version == before.version + 1
+            assert job.ended_at == before.ended_at
+            assert await last_event(world, job) == (state, state, "renamed", OWNER)
+            if verb:
+                await world.tell(job_id, verb)
+
+
+async def test_higher_priority_lets_a_queued_job_start_earlier(tmp_path: Path) -> None:
+    """The priority of a job that waits is its place in the queue, from the change on."""
+    order: list[str] = []
+    gate = asyncio.Event()
+
+    async def note(ctx: Any, params: Any) -> None:
+        order.append((await world.job(ctx.job_id)).name)
+        while not gate.is_set():
+            await ctx.sleep(0.001)
+
+    async with World(tmp_path, a_kind("note", note), limits=Limits(slots=1)) as world:
+        ids = {name: await world.start("note", name=name) for name in ("first", "a", "b", "c", "d")}
+        await world.until(ids["first"], "running")
+        for name, priority in (("c", 9), ("a", 0), ("d", 6)):
+            job = await world.manager.change(
+                ids[name], owner=OWNER, by=world.by(), priority=priority
+            )
+            assert await last_event(world, job) == ("queued", "queued", "command", OWNER)
+        assert [await world.state.ahead(await world.job(ids[name])) for name in "cdba"] == [
+            0,
+            1,
+            2,
+            3,
+        ]
+        gate.set()
+        for job_id in ids.values():
+            await world.until(job_id, "succeeded")
+        assert order == ["first", "c", "d", "b", "a"]
+
+
+async def test_limit_is_told_to_the_live_transfer(tmp_path: Path) -> None:
+    """A limit is in the row and in the flow at once, and kept for who connects later."""
+    async with World(tmp_path) as world:
+        downloads = Downloads(world.manager, world.state, hold_s=60)
+        stale = await a_download(world, downloads)
+
+        async def limit(limit_bytes_per_s: int | None) -> None:
+            job = await world.manager.change(
+                stale.id, owner=OWNER, by=world.by(), limit_bytes_per_s=limit_bytes_per_s
+            )
+            assert job.limit_bytes_per_s == limit_bytes_per_s
+            assert world.manager.row(job)["transfer"]["limit_bytes_per_s"] == limit_bytes_per_s
+            assert await last_event(world, job) == ("running", "running", "command", OWNER)
+
+        await limit(5000)
+        async with downloads.connect(stale, Silent()) as download:
+            told = [(download.flow.limit_bytes_per_s, download.most_bytes)]
+            for limit_bytes_per_s in (1 << 40, None):
+                await limit(limit_bytes_per_s)
+                told.append((download.flow.limit_bytes_per_s, download.most_bytes))
+            assert told == [(5000, 4 << 10), (1 << 40, 1 << 20), (None, None)]
+        assert downloads.most_bytes is None  # without a job there is no limit
+        assert (await world.job(stale.id)).state == "succeeded"
+
+
+async def test_change_of_nothing_is_no_event(tmp_path: Path) -> None:
+    """What is so already is not logged again; only the rest counts as changed."""
+    bench = Bench()
+    async with World(tmp_path, bench.walker, limits=Limits(slots=0)) as world:
+        job_id = await world.start("walk", name="same", priority=7)
+        before = await world.job(job_id)
+        same = await world.manager.change(
+            job_id, owner=OWNER, by=world.by(), name="same", priority=7
+        )
+        assert same == before
+        job = await world.manager.change(
+            job_id, owner=OWNER, by=world.by(), name="other", priority=7
+        )
+        assert await last_event(world, job) == ("queued", "queued", "renamed", OWNER)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({}, None),
+        ({"name": ""}, "name"),
+        ({"name": "x" * 201}, "name"),
+        ({"name": "a\nb"}, "name"),
+        ({"name": "a\x7f"}, "name"),
+        ({"name": "a\ud800"}, "name"),
+        ({"priority": -1}, "priority"),
+        ({"priority": 10}, "priority"),
+        ({"limit_bytes_per_s": 1023}, "limit_bytes_per_s"),
+        ({"limit_bytes_per_s": (1 << 40) + 1}, "limit_bytes_per_s"),
+        ({"limit_bytes_per_s": 0, "name": "x"}, "limit_bytes_per_s"),
+    ],
+    ids=repr,
+)
+async def test_wrong_change_is_refused_whole(
+    tmp_path: Path, change: dict[str, Any], field: str | None
+) -> None:
+    """A value out of its bounds is refused with its name, and nothing is changed."""
+    async with World(tmp_path) as world:
+        before = await a_download(world, Downloads(world.manager, world.state, hold_s=60))
+        with pytest.raises(SluiceError) as caught:
+            await world.manager.change(before.id, owner=OWNER, by=world.by(), **change)
+        assert (caught.value.code, caught.value.field) == ("invalid-field", field)
+        assert await world.job(before.id) == before
+
+
+async def test_change_that_the_job_does_not_allow(tmp_path: Path) -> None:
+    """No limit for a process, only a name for what is over, nothing for another's or an old one."""
+    async with World(tmp_path, a_kind("once", once)) as world:
+        job = await world.until(await world.start("once"), "succeeded")
+
+        async def refused(owner: str = OWNER, **change: Any) -> SluiceError:
+            with pytest.raises(SluiceError) as caught:
+                await world.manager.change(job.id, owner=owner, by=world.by(), **change)
+            return caught.value
+
+        for limit in (5000, None):
+            error = await refused(limit_bytes_per_s=limit)
+            assert (error.code, error.field) == ("invalid-field", "limit_bytes_per_s")
+        for change in ({"priority": 9}, {"priority": job.priority}, {"priority": 9, "name": "x"}):
+            error = await refused(**change)
+            assert (error.code, error.extra["state"]) == ("job-finished", "succeeded")
+        assert (await refused(name="x", owner="bob")).code == "job-unknown"
+        error = await refused(name="x", if_version=job.version - 1)
+        assert (error.code, error.extra["version"]) == ("version-mismatch", job.version)
+        assert await world.job(job.id) == job
+        await world.manager.change(
+            job.id, owner=OWNER, by=world.by(), name="x", if_version=job.version
+        )
+
+
+async def test_changes_race_with_commands_and_the_end(tmp_path: Path) -> None:
+    """None of many changes at once is lost, whatever else happens to the job, and it ends well."""
+    bench = Bench()
+    async with World(tmp_path, bench.walker, warm_s=0.002) as world:
+        job_id = await world.start("walk")
+        await bench.moved()
+
+        async def change(i: int) -> None:
+            await asyncio.sleep(i % 7 * 0.001)
+            await world.manager.change(
+                job_id, owner=OWNER, by=world.by(), name=f"name {i}", priority=i % 10
+            )
+
+        async def annoy() -> None:
+            for _ in range(5):
+                for verb in ("pause", "resume"):
+                    await world.tell(job_id, verb)
+                    await asyncio.sleep(0.001)
+
+        await asyncio.gather(annoy(), *(change(i) for i in range(40)))
+        bench.ending = "finish"
+        job = await world.until(job_id, "succeeded")
+        history = await world.history(job_id)
+        assert [event.version for event in history] == list(range(1, job.version + 1))
+        assert [a.to for a in history[:-1]] == [b.from_ for b in history[1:]]
+        names = {msgspec.json.decode(event.row)["name"] for event in history}
+        assert names >= {f"name {i}" for i in range(40)}
+        assert world.unsound([job]) == []
+        assert world.manager.running == 0
+
+
+async def test_change_outlives_a_crash(tmp_path: Path) -> None:
+    """A changed name and priority are there after a restart, also of a job that ran."""
+    bench = Bench()
+    async with World(tmp_path, bench.walker) as world:
+        job_id = await world.start("walk")
+        await bench.moved()
+        await world.manager.change(job_id, owner=OWNER, by=world.by(), name="new", priority=8)
+        await world.restart()
+        await bench.moved()
+        job = await world.job(job_id)
+        assert (job.name, job.priority) == ("new", 8)
+
+
+# ---- Progress ----
 
 
 async def test_progress_is_told_and_saved_while_it_runs(tmp_path: Path) -> None:

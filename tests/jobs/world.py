@@ -17,6 +17,8 @@ from jobs.files import Files, now_ms
 from jobs.kinds import Kind, Registry, kind_of
 from jobs.manager import Limits, Manager
 from jobs.runners import Runners
+from jobs.uploads import Limits as UploadLimits
+from jobs.uploads import Uploads
 from storage import By, Event, Job, Writer
 from storage.blobs_local import LocalBlobs
 from storage.state_sqlite import SqliteState
@@ -127,12 +129,14 @@ class World:
         warm_s: float = 30.0,
         limits: Limits | None = None,
         stop_s: float = 2.0,
+        uploads: UploadLimits | None = None,
     ) -> None:
         self.folder = folder
         self.kinds = kinds
         self.warm_s = warm_s
         self.limits = limits or Limits()
         self.stop_s = stop_s
+        self.upload_limits = uploads or UploadLimits(1 << 50, 3600.0, 3600.0, 300.0, "interval")
 
     async def __aenter__(self) -> World:
         await self.open()
@@ -154,6 +158,7 @@ class World:
         self.runners = Runners(
             self.manager, self.state, self.blobs, self.files, self.tables, warm_s=self.warm_s
         )
+        self.uploads = Uploads(self.manager, self.state, self.blobs, self.upload_limits)
         keep = await self.manager.recover()
         self.swept = await self.blobs.sweep(set(keep))
         self.manager.open()
@@ -179,6 +184,7 @@ class World:
                 for task in left:
                     task.cancel()
                 await asyncio.wait(left, timeout=0.05)
+            await self.blobs.close()
         finally:
             logging.disable(logging.NOTSET)
 
