@@ -17,7 +17,7 @@ from errors import SluiceError
 from jobs.files import media_type_of, now_ms
 from jobs.manager import Manager
 from jobs.states import Input
-from jobs.upload import CHECKING, JOINING, PUBLISHING, WAITING, PlannedFile, Upload, plan_of
+from jobs.upload import CHECKING, JOINING, PUBLISHING, WAITING, Plan, PlannedFile, Upload, plan_of
 from storage import Blobs, Digester, File, Job, Result, State
 
 ALWAYS = ("sha-256", "crc-32")
@@ -33,23 +33,32 @@ class Publishing:
         self._state = state
         self._blobs = blobs
         self._always = always
-        self._digesters: dict[str, Digester] = {}  # by blob; they outlive requests
+        # By blob, with what they make; they outlive requests.
+        self._digesters: dict[str, tuple[Digester, frozenset[str]]] = {}
 
     async def digester(self, upload: Upload) -> Digester | None:
         """Who hashes the file that is written now, if it is to be hashed."""
         plan = upload.plan
         if plan.partial or not (self._always or plan.digest or plan.expect):
             return None
-        blob = upload.blob.id
-        if blob not in self._digesters:
-            algorithms = dict.fromkeys((*ALWAYS, *plan.expect))
-            self._digesters[blob] = await self._blobs.digester(blob, list(algorithms))
-        return self._digesters[blob]
+        return await self._follower(upload.blob.id, plan)
+
+    async def _follower(self, blob_id: str, plan: Plan) -> Digester:
+        """Who has hashed a blob while it grew; somebody new if a digest is expected since."""
+        wanted = frozenset((*ALWAYS, *plan.expect))
+        if blob_id in self._digesters:
+            digester, made = self._digesters[blob_id]
+            if wanted <= made:
+                return digester
+            self.forget(blob_id)
+        digester = await self._blobs.digester(blob_id, sorted(wanted))
+        self._digesters[blob_id] = digester, wanted
+        return digester
 
     def forget(self, blob_id: str) -> None:
         """The blob is published or gone: nobody hashes it any more."""
-        digester = self._digesters.pop(blob_id, None)
-        if digester is not None:
+        if blob_id in self._digesters:
+            digester, _ = self._digesters.pop(blob_id)
             digester.close()
 
     async def run(self, upload: Upload) -> list[File]:
@@ -122,17 +131,10 @@ class Publishing:
         """The digests of a file, if they are wanted. Raises digest-mismatch."""
         if upload.digester is None:
             return {}
-        digester = self._digesters.get(blob.id)
-        if digester is None:  # it was hashed by an earlier run of the service, or not at all
-            algorithms = dict.fromkeys((*ALWAYS, *upload.plan.expect))
-            digester = await self._blobs.digester(blob.id, list(algorithms))
-            self._digesters[blob.id] = digester
+        digester = await self._follower(blob.id, upload.plan)
         if digester.processed < blob.bytes:
             upload.meter.mark(phase=CHECKING)
-        while digester.processed < blob.bytes:
-            await upload.flow.checkpoint()
-            await digester.reach(min(blob.bytes, digester.processed + _STRIDE_BYTES))
-            upload.meter.mark(message=_share(digester.processed, blob.bytes))
+        await hashed(digester, blob.bytes, upload)
         found = await digester.result()
         for name, expected in upload.plan.expect.items():
             if found[name] != expected:
@@ -146,13 +148,13 @@ class Publishing:
     async def _publish(self, upload: Upload, digests: list[dict[str, str]]) -> list[File]:
         job, plan = upload.job, upload.plan
         upload.publishing = True
-        upload.meter.mark(upload.stored, upload.stored, PUBLISHING, "")
+        upload.meter.mark(upload.stored, upload.stored, PUBLISHING)
         saving = asyncio.ensure_future(self._save(upload))  # shares the commit of the outcome
         try:
             files = []
             for blob, digest in zip(plan.blobs, digests, strict=True):
                 files.append(await self._published(job, blob, digest, plan.media_type))
-            upload.meter.phase = upload.meter.message = None
+            upload.meter.phase = None
             ended = await self._manager.report(
                 job.id,
                 Input.FINISH,
@@ -196,6 +198,15 @@ class Publishing:
             durable_bytes=upload.durable,
             progress=upload.meter.progress(),
         )
+
+
+async def hashed(digester: Digester, upto: int, upload: Upload) -> None:
+    """Return when the first ``upto`` bytes were hashed; a pause holds, and a cancel ends it."""
+    while digester.processed < upto:
+        await upload.flow.checkpoint()
+        await digester.reach(min(upto, digester.processed + _STRIDE_BYTES))
+        upload.meter.mark(message=_share(digester.processed, upto))
+    upload.meter.message = None
 
 
 def terminated(job: Job) -> SluiceError:

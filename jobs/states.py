@@ -220,7 +220,7 @@ TRANSITIONS: Final[dict[tuple[str, Input], tuple[Row, ...]]] = {
         Row(CANCELLING, 200, (Effect.ALARM, Effect.ROLLBACK), has_undo),
         Row(FAILED, 200, (Effect.RELEASE, Effect.DISCARD)),
     ),
-    (PAUSED, Input.FAIL): (Row(FAILED, 200, (Effect.DISCARD,), is_fragile),),
+    (PAUSED, Input.FAIL): (Row(FAILED, 200, (Effect.DISCARD,), is_transfer),),
     (CANCELLING, Input.FAIL): (Row(CANCELLING, 200, (Effect.ROLLBACK,)),),
     (PAUSING, Input.UNWOUND): (Row(PAUSED, 200, (Effect.RELEASE,)),),
     (CANCELLING, Input.UNWOUND): (Row(CANCELLING, 200, (Effect.ROLLBACK,)),),

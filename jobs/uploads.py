@@ -27,7 +27,7 @@ from errors import SluiceError
 from jobs.files import now_ms, uuid7
 from jobs.flow import Peer
 from jobs.manager import Glance, Manager
-from jobs.publishing import Publishing, terminated
+from jobs.publishing import Publishing, hashed, terminated
 from jobs.rows import rfc3339
 from jobs.space import Bounds, Space
 from jobs.states import FINAL, Input
@@ -188,6 +188,11 @@ class Uploads:
         live = self._live.get(job.id)
         return live is not None and live.ending is None
 
+    def finishing(self, job: Job) -> bool:
+        """Whether the sender has said that all is there; ``complete`` waits for what follows."""
+        live = self._live.get(job.id)
+        return plan_of(job).complete or (live is not None and live.ending is not None)
+
     def expires_at(self, job: Job) -> int | None:
         """When the upload is dropped if nothing comes any more, in ms; None once it has ended."""
         if job.state in FINAL:
@@ -213,6 +218,7 @@ class Uploads:
 
         Raises invalid-field if it had another one, or has more bytes already, and as ``check``.
         """
+        job = await self._manager.get(job.id, job.owner)
         assert job.transfer is not None
         known = job.transfer.length_bytes
         if known == length:
@@ -303,7 +309,7 @@ class Uploads:
             async for piece in pieces:
                 await self.write(upload, piece)
                 digester.follow(upload.written - upload.before)
-            await digester.reach(upload.written - upload.before)
+            await hashed(digester, upload.written - upload.before, upload)
             found = await digester.result()
             wrong = [name for name in checksums if found[name] != checksums[name]]
             if wrong:
@@ -451,11 +457,16 @@ class Uploads:
 
     async def _joined(self, part_id: str, whole: Job) -> None:
         """A part's bytes are in the whole now: it has succeeded, and its own are freed."""
-        self._waiting.pop(part_id, None)
         part = await self._state.get(part_id)
         if part is not None and part.state not in FINAL:
             await self._publishing.hand_over(part, whole)
             await self.discard(part)
+
+    async def _left_without(self, job_id: str, part: Job) -> None:
+        """A part has gone: what was to be made of it can't be any more, unless it is made."""
+        whole = await self._state.get(job_id)
+        if whole is not None and whole.state not in FINAL:
+            await self.fail(whole, SluiceError("upload-gone", f"Its part {part.id} has ended."))
 
     # For the manager (see Driver)
 
@@ -503,6 +514,8 @@ class Uploads:
             self._publishing.forget(blob)
             await self._blobs.discard(blob)
         self._space.free(job.id)
+        for whole in self._waiting.pop(job.id, ()):
+            self._manager.spawn(self._left_without(whole, job))
 
     async def recover(self, job: Job, same_boot: bool) -> list[str]:
         """See Driver: cut the blob back to what was acknowledged."""
