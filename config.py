@@ -30,11 +30,15 @@ _SIZE_UNITS = {
 }
 _TIME_UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": MINUTE_S, "h": HOUR_S, "d": DAY_S}
 _HOST_NAME = re.compile(r"(?=.{1,253}$)[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*")
+_ORIGIN = re.compile(r"(https?)://(\[[0-9a-f:.]+\]|[^\[\]:\s]+)(?::([0-9]{1,5}))?")
+_USUAL_PORTS = {"http": 80, "https": 443}
+_LIST = "separated by commas, or in a file as a list"
 
 # The tests and CI talk to each other by these; a server that they start inherits them.
 _NOT_OURS = frozenset({"SLUICE_CI"})
 
 N = TypeVar("N", int, float)
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 class ConfigError(Exception):
@@ -124,25 +128,64 @@ def _kind_name() -> Rule:
 
 
 def _host_names() -> Rule:
-    def read(raw: str | list[str]) -> tuple[str, ...]:
-        given = raw.split(",") if isinstance(raw, str) else raw
-        names = (_host_name(name) for name in given if name != "")
-        return tuple(dict.fromkeys(names))
+    def read(raw: str | list[object]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(_host_name(name) for name in _items(raw)))
 
     allowed = "host names or IP addresses without a port"
-    how_written = "separated by commas, or in a file as a list"
-    return Rule(read, allowed, ",".join, how_written, (str, list), metavar="HOST")
+    return Rule(read, allowed, ",".join, _LIST, (str, list), metavar="HOST")
 
 
-def _host_name(raw: object) -> str:
-    if not isinstance(raw, str):
-        raise ValueError
+def _items(raw: str | list[object]) -> Iterator[str]:
+    for item in raw.split(",") if isinstance(raw, str) else raw:
+        if not isinstance(item, str):
+            raise ValueError
+        if item:
+            yield item
+
+
+def _host_name(raw: str) -> str:
     name = raw.strip().lower()
     if ":" in name:
         return str(ipaddress.IPv6Address(name.removeprefix("[").removesuffix("]")))
     if not _HOST_NAME.fullmatch(name):
         raise ValueError
     return name
+
+
+def _origins() -> Rule:
+    def read(raw: str | list[object]) -> tuple[str, ...]:
+        origins = tuple(dict.fromkeys(_origin(item) for item in _items(raw)))
+        if "*" in origins and len(origins) > 1:
+            raise ValueError
+        return origins
+
+    allowed = "origins such as https://app.example:8443 (without a path), or * alone"
+    return Rule(read, allowed, ",".join, _LIST, (str, list), metavar="ORIGIN")
+
+
+def _origin(raw: str) -> str:
+    """Return the origin as browsers write it: lower case, and without a scheme's usual port."""
+    origin = raw.strip().lower()
+    if origin == "*":
+        return origin
+    match = _ORIGIN.fullmatch(origin)
+    if match is None:
+        raise ValueError
+    scheme, host = match[1], _host_name(match[2])
+    host = f"[{host}]" if ":" in host else host
+    port = _within(int(match[3] or _USUAL_PORTS[scheme]), 1, 65535)
+    return f"{scheme}://{host}" + ("" if port == _USUAL_PORTS[scheme] else f":{port}")
+
+
+def _networks() -> Rule:
+    def read(raw: str | list[object]) -> tuple[Network, ...]:
+        return tuple(dict.fromkeys(ipaddress.ip_network(item.strip()) for item in _items(raw)))
+
+    def show(networks: tuple[Network, ...]) -> str:
+        return ",".join(str(network) for network in networks)
+
+    allowed = "IP addresses or networks such as 10.0.0.0/8"
+    return Rule(read, allowed, show, _LIST, (str, list), metavar="NETWORK")
 
 
 def _json_object() -> Rule:
@@ -249,6 +292,14 @@ class Config:
             "whether DELETE of a completed upload (tus, resumable) removes the stored file",
         ),
     )
+    informational: Literal["off", "on"] = field(
+        default="off",
+        metadata=_about(
+            _word("off", "on"),
+            "whether 104 (Upload Resumption Supported) is sent to clients that can take it; only "
+            "where no proxy stands in between (see docs/resumable.md)",
+        ),
+    )
     max_json_bytes: int = field(
         default=MIB,
         metadata=_about(
@@ -353,6 +404,22 @@ class Config:
             _host_names(),
             "further Host names that this service answers to, besides its own address and "
             "localhost; the flag may be repeated",
+        ),
+    )
+    cors_origins: tuple[str, ...] = field(
+        default=(),
+        metadata=_about(
+            _origins(),
+            "origins whose pages may use this service as its own page does, or * for every page "
+            "there is (see docs/proxies.md); the flag may be repeated",
+        ),
+    )
+    trusted_proxies: tuple[Network, ...] = field(
+        default=(),
+        metadata=_about(
+            _networks(),
+            "addresses of the proxies whose Forwarded and X-Forwarded- headers are believed (see "
+            "docs/proxies.md); the flag may be repeated",
         ),
     )
     log_level: Literal["debug", "info", "warning", "error"] = field(

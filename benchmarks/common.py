@@ -149,11 +149,11 @@ class _Process:
 class Sluice(_Process):
     """Our server, as anyone would start it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *options: str, name: str = "sluice") -> None:
         self._process = subprocess.Popen(
             [
                 *(sys.executable, str(ROOT / "server.py"), "--port", "0"),
-                *("--data", str(folder / "sluice"), "--log-level", "warning"),
+                *("--data", str(folder / name), "--log-level", "warning", *options),
             ],
             stdout=subprocess.PIPE,
             text=True,
@@ -284,6 +284,35 @@ def curl(*options: str) -> Shot:
         int(told["size_upload"]),
         int(told["size_download"]),
     )
+
+
+def curl_all(source: Path, urls: Sequence[str], *options: str) -> Shot:
+    """Send a file to many addresses at once, by one curl; the sums, and the time of all."""
+    targets = [word for url in urls for word in ("-T", str(source), "-o", "/dev/null", url)]
+    told = ["-w", "%{http_code} %{size_upload}\\n"]
+    began = time.perf_counter()
+    done = subprocess.run(
+        [
+            "curl",
+            "-s",
+            "-Z",
+            "--parallel-max",
+            str(len(urls)),
+            "-H",
+            "Expect:",
+            *told,
+            *options,
+            *targets,
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    seconds = time.perf_counter() - began
+    answers = [line.split() for line in done.stdout.split("\n") if line]
+    statuses = {int(status) for status, _ in answers}
+    failed = [status for status in statuses if status not in (200, 201, 204)]
+    return Shot((failed or [200])[0], seconds, sum(int(sent) for _, sent in answers), 0)
 
 
 # Comparisons

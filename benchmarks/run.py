@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.common import FOLDER, GIB, ROOT, ROUNDS, SIZE, Report
 
-NAMES = ("upload", "download", "latency", "control", "memory", "jobs")
+NAMES = ("upload", "tus", "many", "stalled", "download", "latency", "control", "memory", "jobs")
 _PAGE = ROOT / "docs" / "benchmarks.md"
 
 

@@ -1,4 +1,4 @@
-"""``/v1/jobs`` and ``/v1/kinds``: start, list, look, command, retry, delete, history, log."""
+"""``/v1/jobs`` and ``/v1/kinds``: start, list, look, change, command, delete, history, log."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Annotated, Any
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from errors import SluiceError
 from handlers.base import BaseHandler, pairs_of
@@ -26,6 +27,14 @@ class StartRequest(msgspec.Struct, forbid_unknown_fields=True):
     name: Annotated[str, msgspec.Meta(min_length=1, max_length=200)] | None = None
     priority: Annotated[int, msgspec.Meta(ge=0, le=9)] = 5
     not_before: datetime | None = None
+
+
+class ChangeRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """The body of a change; what is left out stays."""
+
+    name: str | UnsetType = UNSET
+    priority: int | UnsetType = UNSET
+    limit_bytes_per_s: int | UnsetType | None = UNSET
 
 
 class JobsHandler(BaseHandler):
@@ -104,6 +113,18 @@ class JobHandler(BaseHandler):
     async def get(self, job_id: str) -> None:
         """The job as it is now."""
         job = await self.services.manager.get(job_id, self.caller.owner)
+        await reply_job(self, job, 200)
+
+    async def patch(self, job_id: str) -> None:
+        """Rename it, move it in the queue, limit its transfer."""
+        asked = msgspec.structs.asdict(self.json(ChangeRequest))
+        job = await self.services.manager.change(
+            job_id,
+            owner=self.caller.owner,
+            by=self.caller.by("rest"),
+            if_version=if_match(self),
+            **{field: value for field, value in asked.items() if value is not UNSET},
+        )
         await reply_job(self, job, 200)
 
     async def delete(self, job_id: str) -> None:
@@ -189,7 +210,7 @@ async def reply_job(handler: BaseHandler, job: Job, status: int) -> None:
     handler.set_header("ETag", f'"{job.version}"')
     handler.set_header("Cache-Control", "no-store")
     if status == 201:
-        handler.set_header("Location", f"/v1/jobs/{job.id}")
+        handler.set_header("Location", handler.location(f"/v1/jobs/{job.id}"))
     handler.reply(await handler.services.manager.full_row(job), status)
 
 

@@ -24,7 +24,7 @@ from tornado.websocket import WebSocketClosedError, WebSocketHandler
 
 from errors import SluiceError
 from handlers.auth import Caller, check_site, identify, same_origin
-from handlers.base import Services
+from handlers.base import Services, WithOptions
 from jobs import Filter, Job
 from jobs.events import Select, Subscription, progress_frame, snap_frame
 from jobs.files import now_ms, uuid7
@@ -116,7 +116,7 @@ _decoder = msgspec.json.Decoder(Message | list[Message])
 _sockets: Counter[str] = Counter()
 
 
-class LiveHandler(WebSocketHandler):
+class LiveHandler(WithOptions, WebSocketHandler):
     """One subscriber."""
 
     caller: Caller
@@ -144,7 +144,9 @@ class LiveHandler(WebSocketHandler):
         services = self.services
         try:
             services.hosts.check(self.request)
-            check_site(self.request)
+            if self.request.method == "OPTIONS":
+                return
+            check_site(self.request, services.cors)
             self.caller = identify(self.request)
             if not services.life.ready or services.life.stopping:
                 raise SluiceError("stopping" if services.life.stopping else "starting")
@@ -156,8 +158,8 @@ class LiveHandler(WebSocketHandler):
             self.finish(_encode(error.problem(uuid7())))
 
     def check_origin(self, origin: str) -> bool:
-        """Tornado's hook: only our own pages. Clients that are no browsers send no Origin."""
-        return same_origin(self.request, origin)
+        """Tornado's hook: our own pages, and allowed ones. Programs send no Origin."""
+        return same_origin(self.request, origin) or self.services.cors.allows(origin)
 
     def select_subprotocol(self, subprotocols: list[str]) -> str | None:
         """Tornado's hook."""

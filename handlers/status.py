@@ -7,7 +7,7 @@ from typing import Any
 from tornado.web import HTTPError, StaticFileHandler
 
 from errors import CATALOGUE, SluiceError
-from handlers.base import SECURITY_HEADERS, BaseHandler, Services
+from handlers.base import SECURITY_HEADERS, BaseHandler, Services, WithOptions
 
 _PAGE_POLICY = (
     "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'self';"
@@ -58,7 +58,7 @@ class ErrorPageHandler(BaseHandler):
         self.reply({"code": code, **entry._asdict()})
 
 
-class PageHandler(StaticFileHandler):
+class PageHandler(WithOptions, StaticFileHandler):
     """The dashboard's files, under a strict policy: nothing from another host, nothing inline."""
 
     def set_default_headers(self) -> None:

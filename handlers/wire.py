@@ -185,6 +185,10 @@ class Body:
         self._error = error
         self._wake()
 
+    def let_go(self) -> None:
+        """The transfer has ended: nothing holds or interrupts the rest of the body any more."""
+        self.gate = self.most_bytes = self._error = None
+
     # Pulled from the stream
 
     async def _next_read(self) -> memoryview | None:

@@ -120,6 +120,7 @@ class Downloads:
         if current.want == "cancel":
             download.flow.end(_terminated(job))
         download.flow.limit(current.limit_bytes_per_s)
+        download.flow.signal(current.want)
         try:
             yield download
         except BaseException as error:

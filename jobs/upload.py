@@ -37,6 +37,7 @@ class Plan(msgspec.Struct, omit_defaults=True):
     ``by_length``: all bytes there means complete; else the sender says so (``complete``).
     ``partial``: it is only a part, and ``parts`` are the jobs that one is joined from.
     ``expect`` are digests in hex that the whole must have; ``digest`` computes some anyhow.
+    ``firm``: the sender frees what it was told is here, so one that loses bytes has failed.
     """
 
     blobs: list[PlannedFile] = []
@@ -46,6 +47,7 @@ class Plan(msgspec.Struct, omit_defaults=True):
     parts: list[str] = []
     digest: bool = False
     expect: dict[str, str] = {}
+    firm: bool = False
     media_type: str | None = None
 
     def to_json(self) -> Any:
@@ -125,8 +127,10 @@ class Upload:
             if quiet_s > hold_s:
                 self.flow.end(SluiceError("paused-too-long", retry_after_s=60))
             return
-        if self.flow.limit_bytes_per_s is not None:  # it is us who are slow
-            least_bytes_per_s = min(least_bytes_per_s, self.flow.limit_bytes_per_s // 2)
+        if quiet_s < 0:  # the limit holds it: it is us who are slow
+            self.rate_from = (now, self.received)
+            self.flow.stalled_at = None
+            return
         since, received = self.rate_from
         slow = False
         if now - since >= idle_s:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import NamedTuple, Protocol
 
@@ -103,7 +103,7 @@ class Uploads:
             blobs, state, Bounds(limits.max_bytes, limits.quota_bytes, limits.max_uploads)
         )
         self._publishing = Publishing(manager, state, blobs, limits.digest == "always")
-        self._unforced: dict[str, Upload] = {}  # released since the last sync
+        self._unforced: dict[str, Upload] = {}  # released since the last sync, with open writers
         self._waiting: dict[str, set[str]] = {}  # a part, and the uploads that are joined from it
         manager.use(self, KIND)
 
@@ -177,6 +177,21 @@ class Uploads:
             Filter(owner=owner, client=client, kinds=(KIND,), live=True, name=name), None, 500
         )
         return page.items
+
+    async def whole(self, parts: Sequence[Job]) -> Job | None:
+        """The upload, under way or complete, that is made of just these parts in this order."""
+        first = parts[0]
+        # A part is waited for until its row names the whole, so one of both is seen.
+        known = list(self._waiting.get(first.id, ()))
+        found = await self._state.get(first.id, first.owner)
+        if found is not None and found.result is not None:
+            known.append(found.result.data["joined"])
+        for job_id in known:
+            job = await self._state.get(job_id, first.owner)
+            ended = job is None or (job.state in FINAL and job.state != "succeeded")
+            if job is not None and not ended and plan_of(job).parts == [part.id for part in parts]:
+                return job
+        return None
 
     def offset(self, job: Job) -> int:
         """How many bytes are stored; the next block begins there."""
@@ -508,6 +523,7 @@ class Uploads:
 
     async def discard(self, job: Job) -> None:
         """See Driver."""
+        await self._close_unforced(job.id)
         upload = self._live.get(job.id)
         blobs = plan_of(job).blobs + (upload.plan.blobs if upload is not None else [])
         for blob in {blob.id for blob in blobs}:
@@ -542,6 +558,9 @@ class Uploads:
                 stored_bytes=stored,
                 durable_bytes=durable,
             )
+            if plan.firm:
+                lost = SluiceError("storage-failed", "Stored bytes of the upload were lost.")
+                self._manager.spawn(self._manager.conclude(job.id, Input.FAIL, error=lost))
         length = job.transfer.length_bytes if job.transfer is not None else None
         self._space.hold(job.id, job.owner, length, stored)
         for part in plan.parts:
@@ -594,17 +613,23 @@ class Uploads:
         left, self._unforced = self._unforced, {}
         await asyncio.gather(
             *(self._try_save(upload, interval) for upload in lives),
-            *(self._force(upload) for upload in left.values() if upload.job.id not in self._live),
+            *(self._force(upload) for upload in left.values()),
         )
 
     async def _force(self, upload: Upload) -> None:
-        """Force to the disk what a request has left behind that has ended since."""
-        at = upload.stored - upload.before
+        """Force to the disk what a request has left behind that has ended since.
+
+        Its writer was kept for that: to open the blob again could cut off what came later. Whoever
+        has connected meanwhile sees to it himself.
+        """
+        job = upload.job
         try:
-            upload.writer = await self._blobs.writer(upload.blob.id, upload.job.fence, offset=at)
-            await self._save(upload, sync=True)
+            if upload.writer is not None and job.id not in self._live:
+                durable = upload.before + await upload.writer.sync()
+                if job.id not in self._live:
+                    await self._state.save(job.id, job.fence, durable_bytes=durable)
         except (Fenced, SluiceError) as error:  # it has ended, or the disk is in trouble
-            log.debug("upload %s was not forced to the disk: %s", upload.job.id, error)
+            log.debug("upload %s was not forced to the disk: %s", job.id, error)
         finally:
             await self._close_writer(upload)
 
@@ -614,6 +639,8 @@ class Uploads:
         for upload in lives:
             upload.flow.end(SluiceError("stopping", retry_after_s=5))
         await asyncio.gather(*(upload.released.wait() for upload in lives))
+        left, self._unforced = self._unforced, {}
+        await asyncio.gather(*(self._force(upload) for upload in left.values()))
 
     async def expire(self) -> int:
         """Cancel unfinished uploads that were left alone for too long; how many."""
@@ -648,6 +675,7 @@ class Uploads:
                 break
         upload = Upload(job, self.limits.hold_s)
         self._live[job.id] = upload
+        await self._close_unforced(job.id)
         if job.want == "cancel":
             upload.flow.end(terminated(job))
         return job, upload
@@ -713,10 +741,16 @@ class Uploads:
     async def _release(self, upload: Upload, *, sync: bool) -> None:
         """Commit what was written and let the blob go."""
         await self._try_save(upload, sync)
-        await self._close_writer(upload)
         interval = self.limits.durability == "interval"
         if interval and self._resumable(upload.job) and upload.durable < upload.stored:
             self._unforced[upload.job.id] = upload
+        else:
+            await self._close_writer(upload)
+
+    async def _close_unforced(self, job_id: str) -> None:
+        left = self._unforced.pop(job_id, None)
+        if left is not None:
+            await self._close_writer(left)
 
     def _forget(self, upload: Upload) -> None:
         if self._live.get(upload.job.id) is upload:

@@ -6,6 +6,7 @@ import io
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from ipaddress import ip_network
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,25 @@ def test_hosts_can_be_repeated_or_separated_by_commas() -> None:
     assert load(argv, {}).hosts == ("a.example", "b.example", "2001:db8::1")
 
 
+def test_origins_are_kept_as_browsers_write_them(tmp_path: Path) -> None:
+    """An origin is lower case, without the usual port, and * stands alone."""
+    argv = ["--cors-origins", "HTTPS://App.Example:443,http://a.example:80", "--cors-origins="]
+    argv += ["--cors-origins", "https://app.example", "--cors-origins", "http://[0:0::1]:443"]
+    assert load(argv, {}).cors_origins == (
+        *("https://app.example", "http://a.example", "http://[::1]:443"),
+    )
+    file = toml(tmp_path, 'cors_origins = ["*"]\n')
+    assert load(["--config", file], {}).cors_origins == ("*",)
+
+
+def test_proxies_are_addresses_or_networks() -> None:
+    """A single address is the smallest network, of either family."""
+    found = load([], {"SLUICE_TRUSTED_PROXIES": "127.0.0.1, 10.0.0.0/8,2001:DB8::/32"})
+    assert found.trusted_proxies == (
+        *(ip_network("127.0.0.1/32"), ip_network("10.0.0.0/8"), ip_network("2001:db8::/32")),
+    )
+
+
 def test_the_settings_cannot_be_changed() -> None:
     """Nobody changes a setting behind the back of those who have read it."""
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -163,6 +183,12 @@ def test_the_settings_cannot_be_changed() -> None:
         ("--hosts", "a.example:80"),
         ("--hosts", "http://a.example"),
         ("--hosts", "*"),
+        *(("--cors-origins", text) for text in ("app.example", "https://app.example/", "null")),
+        *(("--cors-origins", text) for text in ("*,https://a.example", "https://*.example")),
+        *(("--cors-origins", text) for text in ("ftp://a.example", "https://u@a.example")),
+        *(("--cors-origins", text) for text in ("https://a:0", "https://a:65536", "https://[::1")),
+        *(("--trusted-proxies", text) for text in ("proxy.example", "*", "10.0.0.1/8")),
+        *(("--trusted-proxies", text) for text in ("10.0.0.0/33", "10.0.0.1:80")),
         ("--log-level", "loud\nand\x1b[1mclear"),
     ],
 )
@@ -184,6 +210,8 @@ def test_a_value_that_is_not_allowed_is_refused(flag: str, text: str) -> None:
         "data = 1",
         "durability = 1",
         "hosts = [1]",
+        "cors_origins = [1]",
+        "trusted_proxies = [1]",
         "default_params = '{}'",
         "default_params = {at = 2030-01-01}",
         "default_params = {at = nan}",

@@ -117,9 +117,9 @@ class Raw:
         line = self.file.readline()
         if not line:
             raise EOFError
-        headers = dict(http.client.parse_headers(self.file).items())
+        headers = http.client.parse_headers(self.file)  # a proxy may write them in lower case
         body = self.file.read(int(headers.get("Content-Length", 0)))
-        return Answer(int(line.split()[1]), headers, body)
+        return Answer(int(line.split()[1]), dict(headers.items()), body)
 
     def rest(self) -> bytes:
         """Everything until the server closes the connection."""

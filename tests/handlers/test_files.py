@@ -309,5 +309,5 @@ def test_content_is_only_read(site: Server, file: Any, method: str) -> None:
     """Other methods than GET and HEAD are a 405 that tells which there are."""
     answer = site.request(method, f"/v1/files/{file['id']}/content", b"x")
     assert (answer.status, answer.json["code"]) == (405, "method-not-allowed")
-    assert answer.headers["Allow"] == "GET, HEAD"
+    assert answer.headers["Allow"] == "GET, HEAD, OPTIONS"
     assert content(site, file).body == DATA

@@ -1,4 +1,4 @@
-"""The jobs' own endpoints: start, list, look, command, retry, delete, history, log, kinds."""
+"""The jobs' own endpoints: start, list, look, change, command, delete, history, log, kinds."""
 
 from __future__ import annotations
 
@@ -41,6 +41,13 @@ def ended(caller: Caller) -> Any:
 def command(caller: Caller, job: Any, verb: str, **headers: str) -> Answer:
     """Command a job."""
     return caller.post(f"/v1/jobs/{job['id']}/{verb}", **headers)
+
+
+def change(caller: Caller, job: Any, body: Any, **headers: str) -> Answer:
+    """Change a job."""
+    names = {name.replace("_", "-"): value for name, value in headers.items()}
+    path = f"/v1/jobs/{job['id']}"
+    return caller.server.request("PATCH", path, body, {"X-Client-Id": caller.client} | names)
 
 
 # Start
@@ -276,6 +283,145 @@ def test_an_unknown_job_is_a_404(site: Server, path: str) -> None:
     assert (answer.status, answer.json["code"]) == (404, "job-unknown")
 
 
+# Change
+
+
+def test_a_job_is_renamed(caller: Caller) -> None:
+    """A live and an ended job take a new name; it is an event, and the version is the new ETag."""
+    job = running(caller)
+    for name in ("new ☃ name", "its last name"):
+        answer = change(caller, job, {"name": name})
+        assert (answer.status, answer.json["name"]) == (200, name)
+        assert answer.headers["Etag"] == f'"{answer.json["version"]}"'
+        assert answer.headers["Cache-Control"] == "no-store"
+        assert set(answer.json) == FIELDS
+        assert (answer.json["by"]["actor"], answer.json["by"]["via"]) == (caller.client, "rest")
+        event = caller.get(f"/v1/jobs/{job['id']}/events").json["items"][-1]
+        assert (event["cause"], event["from"], event["to"]) == (
+            *("renamed", answer.json["state"], answer.json["state"]),
+        )
+        assert (event["row"]["name"], event["actor"]) == (name, caller.client)
+        command(caller, job, "cancel")
+        caller.server.wait_for(job["id"], "cancelled")
+
+
+def test_a_queued_job_is_moved_in_the_queue(serve: Serve) -> None:
+    """A higher priority is a better place in the queue, and an earlier start."""
+    caller = Caller(serve("--slots", "1"), "c")
+    first = running(caller)
+    early, late = start(caller), start(caller)
+    answer = change(caller, late, {"priority": 9})
+    assert (answer.json["priority"], answer.json["waiting"]["position"]) == (9, 1)
+    command(caller, first, "cancel")
+    caller.server.wait_for(late["id"], "running")
+    assert caller.server.job(early["id"])["state"] == "queued"
+    for job in (early, late):
+        command(caller, job, "cancel")
+        caller.server.wait_for(job["id"], "cancelled")
+
+
+def test_the_limit_of_a_transfer_is_set_and_ended(caller: Caller, name: str) -> None:
+    """An unfinished upload has the limit it was given, over its requests, until null ends it."""
+    caller.block(name, 0, b"first")
+    job = caller.job("upload")
+    assert job["transfer"]["limit_bytes_per_s"] is None
+    for limit in (5000, 1 << 40, None):
+        answer = change(caller, job, {"limit_bytes_per_s": limit})
+        assert answer.status == 200
+        assert answer.json["transfer"]["limit_bytes_per_s"] == limit
+        event = caller.get(f"/v1/jobs/{job['id']}/events").json["items"][-1]
+        assert (event["cause"], event["row"]["transfer"]["limit_bytes_per_s"]) == ("command", limit)
+    assert caller.block(name, 5, b"last", "&is_complete=1").status == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "field"),
+    [
+        (b"", "invalid-json", None),
+        (b"{", "invalid-json", None),
+        (b"[]", "invalid-field", None),
+        (b"{}", "invalid-field", None),
+        (b'{"colour": 1}', "invalid-field", "colour"),
+        (b'{"name": "x", "state": "failed"}', "invalid-field", "state"),
+        (b'{"name": null}', "invalid-field", "name"),
+        (b'{"name": 5}', "invalid-field", "name"),
+        (b'{"name": ""}', "invalid-field", "name"),
+        (b'{"name": "a\\u0000b"}', "invalid-field", "name"),
+        (b'{"name": "a\\nb"}', "invalid-field", "name"),
+        (b'{"name": "%s"}' % (b"x" * 201), "invalid-field", "name"),
+        (b'{"priority": 10}', "invalid-field", "priority"),
+        (b'{"priority": -1}', "invalid-field", "priority"),
+        (b'{"priority": null}', "invalid-field", "priority"),
+        (b'{"priority": true}', "invalid-field", "priority"),
+        (b'{"limit_bytes_per_s": "1"}', "invalid-field", "limit_bytes_per_s"),
+        (b'{"limit_bytes_per_s": 0}', "invalid-field", "limit_bytes_per_s"),
+        (b'{"limit_bytes_per_s": 1023}', "invalid-field", "limit_bytes_per_s"),
+        (b'{"limit_bytes_per_s": 1e6}', "invalid-field", "limit_bytes_per_s"),
+        (b'{"limit_bytes_per_s": 1099511627777}', "invalid-field", "limit_bytes_per_s"),
+        (b'{"limit_bytes_per_s": %s}' % (b"9" * 9999), "invalid-field", "limit_bytes_per_s"),
+    ],
+    ids=lambda value: repr(value)[:60],
+)
+def test_a_wrong_change_is_a_400_that_names_the_field(
+    caller: Caller, name: str, body: bytes, code: str, field: str | None
+) -> None:
+    """What is malformed, unknown, of a wrong type or out of bounds is refused, and nothing is."""
+    caller.block(name, 0, b"first")
+    job = caller.job("upload")
+    answer = change(caller, job, body)
+    assert (answer.status, answer.json["code"]) == (400, code), answer.json
+    assert answer.json.get("field") == field
+    assert caller.server.job(job["id"])["version"] == job["version"]
+
+
+def test_a_process_has_no_limit(caller: Caller) -> None:
+    """The limit is for transfers: a 400 for anything else, also to end one."""
+    job = running(caller)
+    for limit in (5000, None):
+        answer = change(caller, job, {"limit_bytes_per_s": limit})
+        assert (answer.status, answer.json["field"]) == (400, "limit_bytes_per_s")
+    command(caller, job, "cancel")
+
+
+def test_a_job_that_has_ended_is_only_renamed(caller: Caller, name: str) -> None:
+    """Anything but a name comes too late: 409, and the name that came with it is not taken."""
+    upload = caller.server.job(caller.send_form(("file", name, b"x")).json["job"])
+    for body in ({"priority": 9}, {"limit_bytes_per_s": 5000}, {"name": "x", "priority": 9}):
+        answer = change(caller, upload, body)
+        assert (answer.status, answer.json["code"]) == (409, "job-finished")
+        assert (answer.json["job"], answer.json["state"]) == (upload["id"], "succeeded")
+    assert caller.server.job(upload["id"])["name"] == name
+    assert change(caller, upload, {"name": "x"}).status == 200
+
+
+def test_a_change_may_name_the_version_it_means(caller: Caller) -> None:
+    """With If-Match a change is made only if the job has not changed since."""
+    job = running(caller)
+    stale = change(caller, job, {"name": "x"}, If_Match=f'"{job["version"] - 1}"')
+    assert (stale.status, stale.json["code"]) == (412, "version-mismatch")
+    assert stale.json["version"] == job["version"]
+    assert change(caller, job, {"name": "x"}, If_Match="x").json["field"] == "If-Match"
+    answer = change(caller, job, {"name": "x"}, If_Match=f'"{job["version"]}"')
+    assert (answer.status, answer.json["version"]) == (200, job["version"] + 1)
+    again = change(caller, job, {"name": "x"}, If_Match=answer.headers["Etag"])
+    assert (again.status, again.headers["Etag"]) == (200, answer.headers["Etag"])
+    command(caller, job, "cancel")
+
+
+def test_an_unknown_job_is_not_changed(site: Server) -> None:
+    """A change of nothing is a 404."""
+    answer = site.request("PATCH", "/v1/jobs/none", {"name": "x"})
+    assert (answer.status, answer.json["code"]) == (404, "job-unknown")
+
+
+def test_another_site_changes_nothing(caller: Caller) -> None:
+    """A PATCH is a change: a page of another site may not cause it."""
+    job = ended(caller)
+    answer = change(caller, job, {"name": "x"}, Origin="http://evil")
+    assert (answer.status, answer.json["code"]) == (403, "cross-site")
+    assert caller.server.job(job["id"])["name"] == job["name"]
+
+
 # Commands
 
 
@@ -486,17 +632,17 @@ def test_kinds_have_a_schema(site: Server) -> None:
     [
         ("PUT", "/v1/jobs", "GET, POST"),
         ("DELETE", "/v1/jobs", "GET, POST"),
-        ("POST", "/v1/jobs/none", "GET, DELETE"),
+        ("POST", "/v1/jobs/none", "GET, PATCH, DELETE"),
         ("GET", "/v1/jobs/none/pause", "POST"),
         ("POST", "/v1/kinds", "GET"),
-        ("OPTIONS", "/v1/kinds", "GET"),
+        ("DELETE", "/v1/kinds", "GET"),
     ],
 )
 def test_other_methods_are_refused(site: Server, method: str, path: str, allowed: str) -> None:
     """A method that an address does not have is a 405 that tells which it has."""
     answer = site.request(method, path)
     assert (answer.status, answer.json["code"]) == (405, "method-not-allowed")
-    assert answer.headers["Allow"] == allowed
+    assert answer.headers["Allow"] == f"{allowed}, OPTIONS"
 
 
 def test_the_history_tells_when_a_sender_goes_and_comes_back(site: Server) -> None:

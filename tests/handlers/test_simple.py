@@ -488,7 +488,7 @@ def test_terminate_knows_its_parameters(caller: Caller) -> None:
     refused(caller.delete("/upload/terminate?file=x"), 400, "invalid-field", "file")
     answer = caller.post("/upload/terminate")
     refused(answer, 405, "method-not-allowed")
-    assert answer.headers["Allow"] == "DELETE"
+    assert answer.headers["Allow"] == "DELETE, OPTIONS"
 
 
 # Rows 3 and 4: export
@@ -1335,7 +1335,7 @@ def test_a_process_is_commanded_only_by_post(caller: Caller, label: str, method:
     job = begin_process(caller, label)
     answer = caller.server.request(method, f"/{label}/process/pause/")
     refused(answer, 405, "method-not-allowed")
-    assert answer.headers["Allow"] == "POST"
+    assert answer.headers["Allow"] == "POST, OPTIONS"
     assert caller.server.job(job["id"])["state"] == "running"
     caller.post(f"/{label}/process/cancel/")
 
