@@ -267,6 +267,10 @@ class Jobs(Protocol):
         """The job, or None if there is none or it is another owner's."""
         ...
 
+    async def holder(self, owner: str, live_name: str) -> Job | None:
+        """The live job that holds a live name; it may be shown under another one meanwhile."""
+        ...
+
     async def find(self, filter: Filter, after: int | None, limit: int) -> Page[Job]:
         """Jobs, newest first, with a number below ``after``."""
         ...
@@ -408,24 +412,37 @@ class Reader(Protocol):
 
 
 class Digester(Protocol):
-    """Hashes a blob while it grows, outside of this process."""
+    """Hashes a blob while it grows, outside of this process; reads only what is said to be there.
 
-    processed: int  # bytes hashed, as an offset in the blob
+    A blob that is hashed may be published or discarded meanwhile; its bytes stay until ``close``.
+    """
+
+    processed: int  # bytes hashed, as an offset in the blob; it never goes back
 
     def follow(self, upto: int) -> None:
-        """Everything before ``upto`` is there and will not change: hash it when there is time."""
+        """Everything before ``upto`` is there and will not change: hash it when there is time.
+
+        Cheap enough to be called after each write.
+        """
         ...
 
     async def reach(self, upto: int) -> None:
-        """Return when everything before ``upto`` was hashed. Raises storage-failed."""
+        """``follow``, and return when everything before ``upto`` was hashed.
+
+        Raises storage-failed.
+        """
         ...
 
     async def result(self) -> dict[str, str]:
-        """The digests of what was hashed so far, in hex, by the algorithm's name."""
+        """The digests of all that was followed before this call, in hex, by algorithm.
+
+        When this returns, that is everything from the start up to ``processed``; the hash goes on
+        afterwards. Raises storage-failed.
+        """
         ...
 
     def close(self) -> None:
-        """Forget it."""
+        """Forget it; may be called again. Whoever waits for it gets storage-failed."""
         ...
 
 
@@ -471,7 +488,8 @@ class Blobs(Protocol):
     ) -> Digester:
         """Hash a blob (see ``reader`` for ``name``) from ``start`` on, while it grows.
 
-        Algorithms: sha-256, sha-512, sha (SHA-1), md5, crc-32.
+        Algorithms: sha-256, sha-512, sha (SHA-1), md5, crc-32 (eight digits); ValueError for
+        another one. Raises file-unknown, storage-failed.
         """
         ...
 

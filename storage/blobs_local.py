@@ -6,9 +6,10 @@ another one, and there a rename would be a copy).
 
 Strategy. Calls are synchronous system calls of at most 1 MiB; nothing here waits, and there are no
 threads. Written pages are handed to the disk at once (``sync_file_range``, *write-behind*), so that
-the final fdatasync finds little to do. Removing a big file takes the disk long: its name goes at
-once, its bytes are cut off in slices between which the loop turns, and never while a reader still
-holds it.
+the final fdatasync finds little to do. A fast disk does that in less than a helper would cost; once
+it was slow, all further syncs are a helper process's (helper.py), and another one hashes. Removing
+a big file takes the disk long: its name goes at once, its bytes are cut off in slices between which
+the loop turns, and never while a reader still holds it.
 """
 
 from __future__ import annotations
@@ -16,18 +17,26 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import errno
+import logging
 import os
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
+from time import perf_counter
 
 from errors import SluiceError
+from storage.helper import Digest, Helper
+
+log = logging.getLogger("sluice.blobs")
 
 _SLICE_BYTES = 16 << 20  # freed at once: 1-5 ms on ext4, 2 ms on tmpfs
 _CALL_BYTES = 1 << 20
 _WRITE_BEHIND_BYTES = 1 << 20
 _RESERVE_BYTES = 16 << 20  # left free for the state, so that a full disk can still be recorded
+_SLOW_S = 0.005  # a sync that takes longer may not be the loop's
+_PROBES = 8
+_PROBE_BYTES = 4096
 
 _GONE = "Stored bytes of the upload are gone."
 
@@ -49,7 +58,8 @@ def refusal(error: OSError) -> SluiceError:
 class LocalWriter:
     """An unfinished blob, open for appending."""
 
-    def __init__(self, fd: int, offset: int, durability: str) -> None:
+    def __init__(self, blobs: LocalBlobs, fd: int, offset: int, durability: str) -> None:
+        self._blobs = blobs
         self._fd = fd
         self._offset = offset
         self._behind = offset  # handed to the disk up to here
@@ -76,13 +86,12 @@ class LocalWriter:
         return self._offset
 
     async def sync(self) -> int:
-        """See the contract."""
+        """See the contract. What is written while this waits is left to the next one."""
         offset = self._offset
-        if self._durability != "never":
-            try:
-                os.fdatasync(self._fd)
-            except OSError as error:
-                raise refusal(error) from error
+        try:
+            await self._blobs._sync(self._fd)
+        except OSError as error:
+            raise refusal(error) from error
         return offset
 
     async def close(self) -> None:
@@ -127,6 +136,9 @@ class LocalBlobs:
         self._durability = durability
         self._readers: dict[tuple[int, int], int] = {}
         self._removals: set[asyncio.Task[None]] = set()
+        self._hasher = Helper("hashing")
+        self._syncer = Helper("syncs")  # another one, so that no sync waits behind a hash
+        self._slow = False
 
     async def open(self) -> None:
         """See the contract."""
@@ -134,7 +146,7 @@ class LocalBlobs:
             for folder in (self._tmp, self._uploads):
                 folder.mkdir(parents=True, exist_ok=True)
             probe = self._tmp / ".probe"
-            probe.write_bytes(b"")
+            await self._probe(probe)
             probe.rename(self._uploads / ".probe")
             (self._uploads / ".probe").unlink()
         except OSError as error:
@@ -144,6 +156,7 @@ class LocalBlobs:
         """See the contract."""
         if self._removals:
             await asyncio.gather(*self._removals)
+        await asyncio.gather(self._hasher.close(), self._syncer.close())
 
     async def writer(
         self, blob_id: str, fence: int, *, offset: int = 0, length: int | None = None
@@ -168,7 +181,7 @@ class LocalBlobs:
         except (OSError, SluiceError) as error:
             os.close(fd)
             raise refusal(error) if isinstance(error, OSError) else error from error
-        return LocalWriter(fd, offset, self._durability)
+        return LocalWriter(self, fd, offset, self._durability)
 
     async def size(self, blob_id: str) -> int | None:
         """See the contract."""
@@ -190,9 +203,8 @@ class LocalBlobs:
             if os.listdir(folder):  # a rename would replace bytes that never change
                 raise SluiceError("storage-failed", "The blob has been published before.")
             os.rename(unfinished, folder / name)
-            if self._durability != "never":
-                for path in (folder, self._uploads):
-                    _sync_folder(path)
+            for path in (folder, self._uploads):
+                await self._sync_folder(path)
         except FileNotFoundError as error:
             raise self._absent(error, "storage-failed", _GONE) from error
         except OSError as error:
@@ -215,6 +227,26 @@ class LocalBlobs:
 
     async def reader(self, blob_id: str, name: str | None) -> LocalReader:
         """See the contract."""
+        return LocalReader(self, self._hold(blob_id, name))
+
+    async def digester(
+        self,
+        blob_id: str,
+        algorithms: Collection[str],
+        *,
+        start: int = 0,
+        name: str | None = None,
+    ) -> Digest:
+        """See the contract."""
+        fd = self._hold(blob_id, name)
+        try:
+            return self._hasher.digest(fd, algorithms, start, self._release)
+        except ValueError:
+            self._release(fd)
+            raise
+
+    def _hold(self, blob_id: str, name: str | None) -> int:
+        """Open a blob for reading; its bytes are there until ``_release``."""
         path = self._uploads / blob_id / name if name is not None else self._tmp / blob_id
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -224,7 +256,7 @@ class LocalBlobs:
             raise refusal(error) from error
         key = _inode(fd)
         self._readers[key] = self._readers.get(key, 0) + 1
-        return LocalReader(self, fd)
+        return fd
 
     async def discard(self, blob_id: str) -> None:
         """See the contract. The name is gone when this returns; the space follows in slices."""
@@ -281,7 +313,12 @@ class LocalBlobs:
         os.close(fd)
         self._free(again)
 
-    async def concat(self, blob_id: str, parts: Sequence[tuple[str, str | None]]) -> int:
+    async def concat(
+        self,
+        blob_id: str,
+        parts: Sequence[tuple[str, str | None]],
+        pace: Callable[[int], Awaitable[None]] | None = None,
+    ) -> int:
         """See the contract. ``copy_file_range`` shares the blocks where the disk can."""
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
         try:
@@ -293,19 +330,26 @@ class LocalBlobs:
             for part_id, name in parts:
                 reader = await self.reader(part_id, name)
                 try:
-                    total += await self._copy(reader, target, total)
+                    total += await self._copy(reader, target, total, pace)
                 finally:
                     await reader.close()
-            if self._durability != "never":  # there is no writer that could be asked to
-                os.fdatasync(target)
-        except (OSError, SluiceError) as error:
+            await self._sync(target)  # there is no writer that could be asked to
+        except BaseException as error:
             self._unlink(self._tmp / blob_id)  # a part of the whole is of no use to anyone
-            raise refusal(error) if isinstance(error, OSError) else error from error
+            if isinstance(error, OSError):
+                raise refusal(error) from error
+            raise
         finally:
             os.close(target)
         return total
 
-    async def _copy(self, reader: LocalReader, target: int, at: int) -> int:
+    async def _copy(
+        self,
+        reader: LocalReader,
+        target: int,
+        at: int,
+        pace: Callable[[int], Awaitable[None]] | None,
+    ) -> int:
         """Append a reader's bytes at ``at``; how many."""
         done = 0
         source = reader.fileno()
@@ -318,6 +362,8 @@ class LocalBlobs:
                 _sync_file_range(target, at + done, n, _SYNC_FILE_RANGE_WRITE)
             done += n
             await asyncio.sleep(0)
+            if pace is not None:
+                await pace(at + done)
         return done
 
     async def sweep(self, keep: Collection[str]) -> int:
@@ -340,6 +386,52 @@ class LocalBlobs:
         except OSError as error:
             raise refusal(error) from error
 
+    async def _probe(self, path: Path) -> None:
+        """Make a file, and find out whether the disk is slow. Raises OSError."""
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o640)
+        try:
+            for i in range(_PROBES):
+                if self._slow or self._durability == "never":
+                    break
+                os.pwrite(fd, bytes(_PROBE_BYTES), i * _PROBE_BYTES)
+                await self._sync(fd)
+        finally:
+            os.close(fd)
+
+    async def _sync_folder(self, path: Path) -> None:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            await self._sync(fd, full=True)
+        finally:
+            os.close(fd)
+
+    async def _sync(self, fd: int, *, full: bool = False) -> None:
+        """Force a file's bytes (or ``full``: all of it) to the disk. Raises OSError.
+
+        ``fd`` may be closed meanwhile.
+        """
+        if self._durability == "never":
+            return
+        if not self._slow:
+            self._sync_here(fd, full)
+            return
+        own = os.dup(fd)
+        try:
+            await self._syncer.sync(own, full=full)
+        except SluiceError:  # no helper: late is better than not at all
+            self._sync_here(own, full)
+        finally:
+            os.close(own)
+
+    def _sync_here(self, fd: int, full: bool) -> None:
+        """Sync in the loop; never again, if possible, once that took long."""
+        begin = perf_counter()
+        (os.fsync if full else os.fdatasync)(fd)
+        took = perf_counter() - begin
+        if took > _SLOW_S and not self._slow:
+            self._slow = True
+            log.info("A sync took %.0f ms: a process of its own does it from now on", took * 1e3)
+
     def _absent(self, error: OSError, code: str, detail: str) -> SluiceError:
         """A file is missing: it alone, or the whole folder with it (a disk that is not there)?"""
         return SluiceError(code, detail) if self._tmp.is_dir() else refusal(error)
@@ -348,14 +440,6 @@ class LocalBlobs:
 def _inode(fd: int) -> tuple[int, int]:
     status = os.fstat(fd)
     return status.st_dev, status.st_ino
-
-
-def _sync_folder(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 async def _cut(fd: int) -> None:

@@ -467,6 +467,13 @@ class SqliteState:
         ).fetchone()
         return _job(row) if row else None
 
+    async def holder(self, owner: str, live_name: str) -> Job | None:
+        """See the contract."""
+        row = self._con.execute(
+            f"SELECT {_COLUMNS} FROM jobs WHERE owner = ? AND live_name = ?", (owner, live_name)
+        ).fetchone()
+        return _job(row) if row else None
+
     async def find(self, filter: Filter, after: int | None, limit: int) -> Page[Job]:
         """See the contract. First the numbers, from indexes alone, then the rows of one page."""
         key = after if after is not None else _ABOVE

@@ -6,7 +6,9 @@ place) and ``blobs`` (that one, open). Nothing here looks behind the contract in
 """
 
 import asyncio
+import hashlib
 import random
+import zlib
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -51,6 +53,17 @@ async def content(blobs: Blobs, blob_id: str, name: str | None = None) -> bytes:
     assert reader.size_bytes == len(data)
     await reader.close()
     return data
+
+
+def digests(data: bytes) -> dict[str, str]:
+    """What hashlib and zlib say, by the names that digesters know."""
+    return {
+        "sha-256": hashlib.sha256(data).hexdigest(),
+        "sha-512": hashlib.sha512(data).hexdigest(),
+        "sha": hashlib.sha1(data).hexdigest(),
+        "md5": hashlib.md5(data).hexdigest(),
+        "crc-32": f"{zlib.crc32(data):08x}",
+    }
 
 
 async def refused(blobs: Blobs, blob_id: str, name: str | None = None) -> None:
@@ -295,7 +308,7 @@ class Publishing:
 
 
 class Reading:
-    """``reader``."""
+    """``reader`` and ``digester``."""
 
     async def test_any_range(self, blobs: Blobs) -> None:
         """A read gives at most what was asked for, from where it was asked for."""
@@ -359,6 +372,91 @@ class Reading:
         await blobs.unpublish("b1")
         assert await reader.read(1, 1) == b"b"
         await reader.close()
+
+    @pytest.mark.parametrize("start", [0, 3, MIB])
+    @pytest.mark.parametrize("size", [0, 1, 4095, 6 * MIB + 7])
+    async def test_digests(self, blobs: Blobs, start: int, size: int) -> None:
+        """Every algorithm, of any size, from any place on."""
+        data = random.Random(size).randbytes(start + size)
+        await put(blobs, "b1", data)
+        digester = await blobs.digester("b1", list(digests(b"")), start=start)
+        assert digester.processed == start
+        await digester.reach(len(data))
+        assert digester.processed == len(data)
+        assert await digester.result() == digests(data[start:])
+        digester.close()
+
+    async def test_a_digest_follows_the_writer(self, blobs: Blobs) -> None:
+        """A blob is hashed while it grows; bytes that were not followed do not count."""
+        data = random.Random(6).randbytes(12 * MIB)
+        writer = await blobs.writer("b1", 1)
+        digester = await blobs.digester("b1", ["sha-256", "crc-32"])
+        for start in range(0, len(data), MIB):
+            digester.follow(await writer.write(memoryview(data)[start : start + MIB]))
+            await asyncio.sleep(0)
+            if start == 5 * MIB:
+                expected = digests(data[: 6 * MIB])
+                found = await digester.result()
+                assert found == {name: expected[name] for name in ("sha-256", "crc-32")}
+        await writer.write(memoryview(b"not followed"))
+        await writer.close()
+        await digester.reach(len(data))
+        for _ in range(2):
+            assert (await digester.result())["sha-256"] == digests(data)["sha-256"]
+        digester.close()
+        digester.close()
+
+    async def test_digests_of_one_blob(self, blobs: Blobs) -> None:
+        """Each has its own start and end."""
+        await put(blobs, "b1", b"0123456789")
+        some = [await blobs.digester("b1", ["md5"], start=start) for start in (0, 5)]
+        await some[0].reach(7)
+        await some[1].reach(10)
+        assert await some[0].result() == {"md5": digests(b"0123456")["md5"]}
+        assert await some[1].result() == {"md5": digests(b"56789")["md5"]}
+        for digester in some:
+            digester.close()
+
+    @pytest.mark.parametrize("name", [None, "data.csv"])
+    async def test_a_digest_survives_discard(self, blobs: Blobs, name: str | None) -> None:
+        """The blob may be published, or go, in the middle."""
+        data = random.Random(7).randbytes(40 * MIB)
+        await put(blobs, "b1", data)
+        digester = await blobs.digester("b1", ["sha-256"])
+        await digester.reach(MIB)
+        if name is not None:
+            await blobs.publish("b1", name)
+            published = await blobs.digester("b1", ["sha-256"], name=name)
+        else:
+            published = await blobs.digester("b1", ["sha-256"])
+        await blobs.discard("b1")
+        for each in (digester, published):
+            await each.reach(len(data))
+            assert (await each.result())["sha-256"] == digests(data)["sha-256"]
+            each.close()
+
+    async def test_no_digest_of_what_is_not_there(self, blobs: Blobs) -> None:
+        """Unknown ids, wrong names and unknown algorithms are refused at once."""
+        await put(blobs, "b1", b"abc")
+        for blob_id, name in (("unknown", None), ("b1", "data.csv")):
+            with pytest.raises(SluiceError) as caught:
+                await blobs.digester(blob_id, ["md5"], name=name)
+            assert caught.value.code == "file-unknown"
+        for algorithms in (["sha-3"], ["md5", ""], []):
+            with pytest.raises(ValueError, match="algorithms"):
+                await blobs.digester("b1", algorithms)
+
+    async def test_a_digest_of_missing_bytes(self, blobs: Blobs) -> None:
+        """A blob that is shorter than was said fails, and it alone."""
+        await put(blobs, "b1", b"abc")
+        short, good = [await blobs.digester("b1", ["md5"]) for _ in range(2)]
+        with pytest.raises(SluiceError) as caught:
+            await short.reach(4)
+        assert caught.value.code == "storage-failed"
+        await good.reach(3)
+        assert await good.result() == {"md5": digests(b"abc")["md5"]}
+        short.close()
+        good.close()
 
 
 class Removing:
@@ -466,6 +564,22 @@ class Joining:
         await put(blobs, "p", b"abc")
         assert await blobs.concat("all", [("p", None)]) == 3
         assert await content(blobs, "all") == b"abc"
+
+    async def test_the_pace(self, blobs: Blobs) -> None:
+        """Between slices the caller hears how much there is, and may end it; then nothing is."""
+        await put(blobs, "p", bytes(5 * MIB))
+        heard: list[int] = []
+
+        async def pace(done: int) -> None:
+            heard.append(done)
+            if done > 8 * MIB:
+                raise asyncio.CancelledError
+
+        with pytest.raises(asyncio.CancelledError):
+            await blobs.concat("all", [("p", None)] * 3, pace)
+        assert heard == sorted(set(heard))
+        assert heard[0] < 5 * MIB < heard[-1]
+        assert await blobs.size("all") is None
 
     async def test_a_missing_part_leaves_nothing(self, blobs: Blobs) -> None:
         """Without all of its parts there is no whole."""

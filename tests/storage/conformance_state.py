@@ -201,6 +201,15 @@ class Creating:
         second = await start(state, a_job("j2"), live_name="numbers")
         assert second.id == "j2"
 
+    async def test_the_holder_of_a_live_name_is_found(self, state: State) -> None:
+        """Whatever it is called now, and for its owner only."""
+        job = await start(state, a_job(), live_name="held")
+        found = await state.holder(job.owner, "held")
+        assert found is not None
+        assert found.id == job.id
+        assert await state.holder("bob", "held") is None
+        assert await state.holder(job.owner, job.name) is None
+
     async def test_live_names_belong_to_owners(self, state: State) -> None:
         """Two owners may use one live name, and jobs made without one never collide."""
         await start(state, a_job(), live_name="numbers")

@@ -1,8 +1,12 @@
-"""What is special about bytes in a folder: its layout, its removals, its failures."""
+"""What is special about bytes in a folder: its layout, its removals, its failures, its helpers."""
 
 import asyncio
 import errno
+import logging
 import os
+import signal
+import sys
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +16,28 @@ import pytest
 import storage.blobs_local
 from errors import SluiceError
 from storage.blobs_local import LocalBlobs, refusal
-from tests.storage.conformance_blobs import MIB, content, put
+from storage.helper import Helper
+from tests.storage.conformance_blobs import MIB, content, digests, put
+
+SLOW_S = 0.2
+
+
+def helper_pid(helper: Helper) -> int:
+    """Its process, which is there."""
+    assert helper.pid is not None
+    return helper.pid
+
+
+async def lag_while(work: Awaitable[object]) -> float:
+    """The longest time for which the loop was held while something was done, in seconds."""
+    longest_s = 0.0
+    task = asyncio.ensure_future(work)
+    while not task.done():
+        before_s = time.monotonic()
+        await asyncio.sleep(0.001)
+        longest_s = max(longest_s, time.monotonic() - before_s - 0.001)
+    await task
+    return longest_s
 
 
 @pytest.fixture
@@ -22,6 +47,31 @@ def blobs(tmp_path: Path, runner: asyncio.Runner) -> Iterator[LocalBlobs]:
     runner.run(blobs.open())
     yield blobs
     runner.run(blobs.close())
+
+
+@pytest.fixture
+def fast_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow the disk is today, nobody minds."""
+    monkeypatch.setattr(storage.blobs_local, "_SLOW_S", 60.0)
+
+
+@pytest.fixture
+def slow_disk(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Each sync of this process takes 0.2 s; when they were."""
+    return slow_syncs(monkeypatch)
+
+
+def slow_syncs(patch: pytest.MonkeyPatch) -> list[float]:
+    """Let each sync of this process take 0.2 s; when they were."""
+    begins: list[float] = []
+
+    def sync(_: int) -> None:
+        begins.append(time.monotonic())
+        time.sleep(SLOW_S)
+
+    patch.setattr(os, "fdatasync", sync)
+    patch.setattr(os, "fsync", sync)
+    return begins
 
 
 @pytest.fixture
@@ -180,6 +230,7 @@ class TestRemoving:
         await reader.close()
 
 
+@pytest.mark.usefixtures("fast_disk")
 class TestDurability:
     """What is forced to the disk, and when."""
 
@@ -195,9 +246,9 @@ class TestDurability:
         folders: int,
     ) -> None:
         """A sync forces the file, publishing forces both folders, unless it shall never be."""
-        files, names = spy(monkeypatch, "fdatasync"), spy(monkeypatch, "fsync")
         blobs = LocalBlobs(tmp_path, durability)
         await blobs.open()
+        files, names = spy(monkeypatch, "fdatasync"), spy(monkeypatch, "fsync")
         await put(blobs, "b1", b"abc")
         assert len(files) == synced
         await blobs.concat("all", [("b1", None)])
@@ -335,6 +386,7 @@ class TestFailing:
         await blobs.discard("b1")
         assert await blobs.size("b1") is None
 
+    @pytest.mark.usefixtures("fast_disk")
     async def test_a_sync_that_fails_is_an_error(
         self, blobs: LocalBlobs, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -351,3 +403,201 @@ class TestFailing:
                 await writer.sync()
         assert caught.value.code == "storage-failed"
         await writer.close()
+
+
+class TestSlowDisks:
+    """Who syncs: the loop while the disk is fast, then a process of its own."""
+
+    @pytest.mark.usefixtures("fast_disk")
+    @pytest.mark.parametrize(("durability", "n"), [("interval", 8), ("always", 8), ("never", 0)])
+    async def test_a_fast_disk(
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        durability: str,
+        n: int,
+    ) -> None:
+        """It is found out by a few syncs at the start; then the loop goes on doing them."""
+        calls: list[int] = []
+        monkeypatch.setattr(os, "fdatasync", calls.append)
+        blobs = LocalBlobs(tmp_path, durability)
+        await blobs.open()
+        assert len(calls) == n
+        await put(blobs, "b1", b"abc")
+        assert len(calls) == n + bool(n)
+        assert blobs._syncer.pid is None
+        assert list((tmp_path / "tmp").iterdir()) == [tmp_path / "tmp/b1"]
+        await blobs.close()
+
+    async def test_a_slow_disk(
+        self, tmp_path: Path, slow_disk: list[float], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """The loop is held once, when that is found out, and said; nothing is left undone."""
+        caplog.set_level(logging.INFO)
+        blobs = LocalBlobs(tmp_path)
+        await blobs.open()
+        assert len(slow_disk) == 1
+        assert len([line for line in caplog.messages if "sync" in line]) == 1
+
+        async def work() -> None:
+            for i in range(10):
+                await put(blobs, f"b{i}", b"abc")
+                await blobs.publish(f"b{i}", "data.csv")
+            await blobs.concat("all", [("b1", "data.csv"), ("b2", "data.csv")])
+
+        assert await lag_while(work()) < SLOW_S * 0.7
+        assert len(slow_disk) == 1
+        assert len([line for line in caplog.messages if "sync" in line]) == 1
+        assert await content(blobs, "all") == b"abcabc"
+        assert await content(blobs, "b9", "data.csv") == b"abc"
+        pid = helper_pid(blobs._syncer)
+        await blobs.close()
+        assert not Path(f"/proc/{pid}").exists()
+        assert held(tmp_path) == []
+
+    async def test_a_disk_that_becomes_slow(
+        self, blobs: LocalBlobs, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """One slow call is enough, whichever it is."""
+        blobs._slow = False
+        await put(blobs, "b1", b"abc")
+        calls = slow_syncs(monkeypatch)
+        for i in range(3):
+            await blobs.publish("b1", f"data{i}")
+            await blobs.unpublish("b1")
+        assert len(calls) <= 1
+        helper_pid(blobs._syncer)
+
+    async def test_uploads_go_on_meanwhile(self, tmp_path: Path, slow_disk: list[float]) -> None:
+        """A sync covers what was written before it, and is safe when its writer is closed."""
+        blobs = LocalBlobs(tmp_path)
+        await blobs.open()
+        await put(blobs, "b0", b"abc")
+        writer, other = await blobs.writer("b1", 1), await blobs.writer("b2", 1)
+        await writer.write(memoryview(b"abc"))
+        await other.write(memoryview(b"abc"))
+        pid = helper_pid(blobs._syncer)
+        os.kill(pid, signal.SIGSTOP)
+        sync, closed = asyncio.ensure_future(writer.sync()), asyncio.ensure_future(other.sync())
+        await asyncio.sleep(0)
+        assert await writer.write(memoryview(b"def")) == 6
+        await other.close()
+        assert not sync.done()
+        os.kill(pid, signal.SIGCONT)
+        assert await sync == 3
+        assert await closed == 3
+        assert await writer.sync() == 6
+        await writer.close()
+        assert len(slow_disk) == 1
+        assert held(tmp_path) == []
+        await blobs.close()
+
+    async def test_without_a_helper(
+        self, tmp_path: Path, slow_disk: list[float], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """If none can be started the loop has to wait: late is better than not at all."""
+        blobs = LocalBlobs(tmp_path)
+        await blobs.open()
+        monkeypatch.setattr(sys, "executable", "/nowhere/python")
+        await put(blobs, "b1", b"abc")
+        assert len(slow_disk) == 2
+        await blobs.publish("b1", "data.csv")
+        assert len(slow_disk) == 4
+        await blobs.close()
+        assert held(tmp_path) == []
+
+    async def test_a_helper_that_dies(self, tmp_path: Path, slow_disk: list[float]) -> None:
+        """The sync is the next helper's, and in the end the loop's."""
+        blobs = LocalBlobs(tmp_path)
+        await blobs.open()
+        await put(blobs, "b0", b"abc")
+        writer = await blobs.writer("b1", 1)
+        await writer.write(memoryview(b"abc"))
+        pids: set[int] = set()
+        os.kill(helper_pid(blobs._syncer), signal.SIGSTOP)
+        sync = asyncio.ensure_future(writer.sync())
+        while not sync.done():
+            pid = blobs._syncer.pid
+            if pid is not None and pid not in pids:
+                pids.add(pid)
+                os.kill(pid, signal.SIGKILL)
+            await asyncio.sleep(0)
+        assert await sync == 3
+        assert len(pids) == 2
+        assert len(slow_disk) == 2
+        await writer.close()
+        await blobs.close()
+        assert held(tmp_path) == []
+
+    async def test_what_a_slow_disk_refuses(self, tmp_path: Path, slow_disk: list[float]) -> None:
+        """The helper's error is the loop's: a pipe stands for a disk that can't be forced."""
+        blobs = LocalBlobs(tmp_path)
+        await blobs.open()
+        ends = os.pipe()
+        for full in (False, True):
+            with pytest.raises(OSError) as caught:
+                await blobs._sync(ends[0], full=full)
+            assert caught.value.errno == errno.EINVAL
+        for end in ends:
+            os.close(end)
+        writer = await blobs.writer("b1", 1)
+        await writer.close()
+        with pytest.raises(SluiceError) as refused:
+            await writer.sync()
+        assert refused.value.code == "storage-failed"
+        assert len(slow_disk) == 1
+        await blobs.close()
+
+
+class TestHashing:
+    """What is special about digests of files."""
+
+    async def test_no_descriptor_leaks(self, blobs: LocalBlobs, folder: Path) -> None:
+        """Each digest holds one, and none that was refused does."""
+        await put(blobs, "b1", b"abc")
+        before = held(folder)
+        some = [await blobs.digester("b1", ["md5"]) for _ in range(3)]
+        for algorithms in (["sha-3"], []):
+            with pytest.raises(ValueError, match="algorithms"):
+                await blobs.digester("b1", algorithms)
+        assert len(held(folder)) == len(before) + 3
+        for digester in some:
+            await digester.reach(3)
+            digester.close()
+        assert held(folder) == before
+
+    async def test_a_big_file_is_not_cut_while_it_is_hashed(
+        self, blobs: LocalBlobs, folder: Path
+    ) -> None:
+        """The last digest of a discarded blob frees its bytes, in slices."""
+        await put(blobs, "b1", b"begin")
+        os.truncate(folder / "tmp/b1", 100 * MIB)
+        digester = await blobs.digester("b1", ["crc-32"])
+        await digester.reach(1)
+        await blobs.discard("b1")
+        await digester.reach(100 * MIB)
+        right = digests(b"begin" + bytes(100 * MIB - 5))["crc-32"]
+        assert await digester.result() == {"crc-32": right}
+        digester.close()
+        assert len(held(folder)) == 1
+        await blobs.close()
+        assert held(folder) == []
+
+    async def test_close_ends_both_helpers(self, tmp_path: Path, slow_disk: list[float]) -> None:
+        """In the middle of their work, and a digest may be closed afterwards."""
+        blobs = LocalBlobs(tmp_path)
+        await blobs.open()
+        await put(blobs, "b1", b"abc")
+        os.truncate(tmp_path / "tmp/b1", 1 << 36)
+        digester = await blobs.digester("b1", ["sha-256"])
+        digester.follow(1 << 36)
+        await digester.reach(1)
+        pids = [helper_pid(blobs._syncer), helper_pid(blobs._hasher)]
+        await blobs.close()
+        assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+        with pytest.raises(SluiceError) as caught:
+            await digester.reach(1 << 36)
+        assert caught.value.code == "storage-failed"
+        digester.close()
+        assert held(tmp_path) == []
+        assert len(slow_disk) == 1
