@@ -69,9 +69,11 @@ class SimpleHandler(BaseHandler):
 
     async def block_upload(self, name: str) -> Job | None:
         """This caller's unfinished upload by blocks of that name."""
-        found = await self.services.uploads.find(self.caller.owner, self.caller.client, name)
-        blocks = [job for job in found if job.transfer and job.transfer.protocol == "blocks"]
-        return blocks[0] if blocks else None
+        return await self.services.manager.holder(self.caller.owner, self.live_name(name))
+
+    def live_name(self, name: str) -> str:
+        """Under which a caller's upload by blocks is found again."""
+        return f"blocks/{self.caller.client}/{name}"
 
     async def cancel(self, jobs: list[Job]) -> list[str]:
         """Cancel jobs and wait until nothing is left of them; the ids of those that were."""
@@ -222,7 +224,7 @@ class UploadHandler(SimpleHandler):
             protocol="blocks",
             resumable=True,
             length=self.size,
-            live_name=f"blocks/{caller.client}/{self.name}",
+            live_name=self.live_name(self.name),
             plan=Plan(by_length=True),
         )
         if self.size is not None:
@@ -495,9 +497,10 @@ class ProcessHandler(SimpleHandler):
 
     async def _live(self, name: str) -> Job | None:
         """The owner's live process of that name; a transfer's name is no process's."""
-        found = await self.services.manager.find(
-            Filter(owner=self.caller.owner, name=name, live=True), None, 100
-        )
+        manager, owner = self.services.manager, self.caller.owner
+        if (holder := await manager.holder(owner, name)) is not None:
+            return holder
+        found = await manager.find(Filter(owner=owner, name=name, live=True), None, 100)
         return next((job for job in found.items if job.transfer is None), None)
 
     def _params(
@@ -535,6 +538,8 @@ class ProcessCommandHandler(SimpleHandler):
     async def _find(self, name: str) -> Job:
         """The newest process of that name, or the job of that id."""
         manager, owner = self.services.manager, self.caller.owner
+        if (holder := await manager.holder(owner, name)) is not None:
+            return holder
         found = await manager.find(Filter(owner=owner, name=name), None, 20)
         for job in found.items:
             if job.transfer is None:

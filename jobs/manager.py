@@ -346,6 +346,10 @@ class Manager:
             raise _unknown(job_id)
         return job
 
+    async def holder(self, owner: str, live_name: str) -> Job | None:
+        """The live job that was started under that name, whatever it is called now."""
+        return await self._state.holder(owner, live_name)
+
     async def find(self, filter: Filter, after: int | None, limit: int) -> Page[Job]:
         """Jobs, newest first."""
         return await self._state.find(filter, after, limit)

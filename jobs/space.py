@@ -3,11 +3,13 @@
 Without a ledger, uploads that each fit can together fill the disk, and then none of them can be
 finished. So a length is reserved when an upload begins, against the disk, the owner's quota and
 the number of uploads; the reservation shrinks on the disk's side as bytes arrive, and ends with the
-upload. An upload of unknown length gets what nobody was promised.
+upload. An upload of unknown length gets what nobody was promised. One that is joined from others
+needs room on the disk beside them, but they stand for it in the quota: they go when it is there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 from errors import SluiceError
@@ -27,10 +29,11 @@ class Bounds(NamedTuple):
 class _Claim:
     """What one upload holds: what it was promised, and what it has stored."""
 
-    __slots__ = ("owner", "promised", "stored")
+    __slots__ = ("joined", "owner", "promised", "stored")
 
-    def __init__(self, owner: str, promised: int | None, stored: int) -> None:
+    def __init__(self, owner: str, promised: int | None, stored: int, joined: bool) -> None:
         self.owner = owner
+        self.joined = joined
         self.promised = promised
         self.stored = stored
 
@@ -42,7 +45,7 @@ class _Claim:
     @property
     def used(self) -> int:
         """What it counts of its owner's quota."""
-        return max(self.promised or 0, self.stored)
+        return 0 if self.joined else max(self.promised or 0, self.stored)
 
 
 class Space:
@@ -57,7 +60,7 @@ class Space:
         self._used: dict[str, int] = {}
         self._count: dict[str, int] = {}
 
-    async def check(self, owner: str, length: int | None) -> None:
+    async def check(self, owner: str, length: int | None, parts: Collection[str] = ()) -> None:
         """Raise what stands against a new upload: too-large, quota-exceeded, disk-full,
         too-many-uploads."""
         if self._count.get(owner, 0) >= self.bounds.max_uploads:
@@ -66,19 +69,22 @@ class Space:
                 f"{self.bounds.max_uploads} uploads are unfinished.",
                 retry_after_s=30,
             )
-        await self._check_length(owner, length or 0, 0)
+        counted = sum(self._claims[part].used for part in set(parts) & self._claims.keys())
+        await self._check_length(owner, length or 0, 0, counted)
 
-    async def reserve(self, job_id: str, owner: str, length: int | None) -> None:
-        """``check``, and hold it for an upload until ``free``."""
-        await self.check(owner, length)
-        self.hold(job_id, owner, length, 0)
+    async def reserve(
+        self, job_id: str, owner: str, length: int | None, parts: Collection[str] = ()
+    ) -> None:
+        """``check``, and hold it for an upload (joined from ``parts``, if any) until ``free``."""
+        await self.check(owner, length, parts)
+        self.hold(job_id, owner, length, 0, joined=bool(parts))
 
     async def extend(self, job_id: str, length: int) -> None:
         """The length of an upload has become known; raises as ``check`` does."""
         claim = self._claims.get(job_id)
         if claim is not None:
-            await self._check_length(claim.owner, length, claim.used)
-            self.hold(job_id, claim.owner, length, claim.stored)
+            await self._check_length(claim.owner, length, claim.used, claim.used)
+            self.hold(job_id, claim.owner, length, claim.stored, joined=claim.joined)
 
     async def grow(self, job_id: str, n: int) -> None:
         """Raise if the next ``n`` bytes of an upload have no room."""
@@ -92,10 +98,12 @@ class Space:
         if n > free:
             raise SluiceError("disk-full", "The disk is full; the bytes stored so far are kept.")
 
-    def hold(self, job_id: str, owner: str, length: int | None, stored: int) -> None:
+    def hold(
+        self, job_id: str, owner: str, length: int | None, stored: int, *, joined: bool = False
+    ) -> None:
         """Note a claim without asking, in place of an earlier one."""
         self.free(job_id)
-        claim = self._claims[job_id] = _Claim(owner, length, stored)
+        claim = self._claims[job_id] = _Claim(owner, length, stored, joined)
         self._left += claim.left
         self._used[owner] = self._used.get(owner, 0) + claim.used
         self._count[owner] = self._count.get(owner, 0) + 1
@@ -121,12 +129,13 @@ class Space:
         if not self._count[claim.owner]:
             del self._count[claim.owner], self._used[claim.owner]
 
-    async def _check_length(self, owner: str, length: int, held: int) -> None:
+    async def _check_length(self, owner: str, length: int, held: int, counted: int) -> None:
+        """``held`` of it was promised on the disk already, ``counted`` is in the quota."""
         if length > self.bounds.max_bytes:
             raise SluiceError(
                 "too-large", f"At most {self.bounds.max_bytes:,} bytes are taken, not {length:,}."
             )
-        await self._check_quota(owner, length - held)
+        await self._check_quota(owner, length - counted)
         if length - held > await self._blobs.free_bytes() - _RESERVE_BYTES - self._left:
             raise SluiceError("disk-full", f"There is no room for {length:,} bytes.")
 

@@ -137,8 +137,9 @@ class Uploads:
         for either is held until the upload ends. Raises as ``check`` does.
         """
         job_id = uuid7()
-        await self._space.reserve(job_id, owner, length if length is not None else expected)
         plan = plan or Plan()
+        known = length if length is not None else expected
+        await self._space.reserve(job_id, owner, known, plan.parts)
         plan.blobs = [PlannedFile(uuid7(), name)]
         try:
             job, created = await self._manager.begin(
@@ -562,7 +563,7 @@ class Uploads:
                 lost = SluiceError("storage-failed", "Stored bytes of the upload were lost.")
                 self._manager.spawn(self._manager.conclude(job.id, Input.FAIL, error=lost))
         length = job.transfer.length_bytes if job.transfer is not None else None
-        self._space.hold(job.id, job.owner, length, stored)
+        self._space.hold(job.id, job.owner, length, stored, joined=bool(plan.parts))
         for part in plan.parts:
             self._waiting.setdefault(part, set()).add(job.id)
         return blobs

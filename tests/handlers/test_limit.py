@@ -288,3 +288,15 @@ def test_a_download_that_waits_for_its_limit_takes_commands(
         assert monotonic() - begun_s < AT_ONCE_S
     assert (got == [N]) is (verb == "pause")
     caller.server.wait_for(job["id"], "succeeded" if verb == "pause" else "cancelled")
+
+
+def test_a_renamed_upload_is_found_by_its_sender(caller: Caller) -> None:
+    """A new label for a block upload, or a process, does not hide it from who began it."""
+    begun = caller.post("/upload?file_name=rename-me.bin&file_size=8", b"abcd").json
+    assert begun["bytes_read"] == 4
+    (job,) = [row for row in caller.server.jobs("?kind=upload") if row["name"] == "rename-me.bin"]
+    assert caller.server.request("PATCH", f"/v1/jobs/{job['id']}", {"name": "other"}).status == 200
+    assert caller.get("/upload?file_name=rename-me.bin").json["bytes_read"] == 4
+    done = caller.post("/upload?file_name=rename-me.bin&file_size=8&bytes_read=4", b"efgh")
+    assert done.json["is_complete"], done
+    assert caller.get("/v1/files?name=rename-me.bin").json["items"]
