@@ -155,6 +155,7 @@ class Body:
         self._fed = False
         self._ended = length == 0
         self._discard_bytes: int | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
     @property
     def unread(self) -> bool:
@@ -188,6 +189,20 @@ class Body:
     def let_go(self) -> None:
         """The transfer has ended: nothing holds or interrupts the rest of the body any more."""
         self.gate = self.most_bytes = self._error = None
+
+    def bound(self, time_s: float) -> None:
+        """Interrupt the body if no transfer, which has clocks of its own, holds it after that.
+
+        So a sender can't hold a connection with a beginning, or a rest, that never ends.
+        """
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_later(time_s, self._out_of_time)
+
+    def _out_of_time(self) -> None:
+        self._timer = None
+        if self.gate is None:
+            self.interrupt(SluiceError("upload-stalled"))
 
     # Pulled from the stream
 
@@ -301,7 +316,9 @@ class Body:
         return memoryview(chunk)
 
     def closed(self) -> None:
-        """The connection has gone: whoever waits for a chunk learns it."""
+        """The body is over, or the connection has gone: whoever waits for a chunk learns it."""
+        if self._timer is not None:
+            self._timer.cancel()
         if self._taken is not None and not self._taken.done():
             self._taken.set_result(None)
         self._wake()
