@@ -39,7 +39,8 @@ from errors import SluiceError
 from jobs.uploads import ClientGone
 
 _BIG_BYTES = 1 << 20
-_SMALL_BYTES = 16 << 10
+_SMALL_BYTES = 4 << 10  # what a connection that waits holds
+_FAST_BYTES = 16 << 10  # a sender that delivers more at once is worth batches
 _TURN_BYTES = 4 << 20  # all bodies together move about this much in one turn of the loop
 _LEAST_BYTES = 64 << 10
 _TURN_S = 0.001  # how long a body lets others finish what they have begun
@@ -235,7 +236,7 @@ class Body:
         except StreamClosedError:
             raise ClientGone from None
         self.left = left - n
-        self._fast = self._plain and (self._fast or n > _SMALL_BYTES)
+        self._fast = self._plain and (self._fast or n > _FAST_BYTES)
         if n == left:
             self._wake_at(1)  # the next request on this connection may be short
         return view[:n]
