@@ -39,6 +39,9 @@ CATALOGUE: dict[str, Entry] = {
     "offset-mismatch": Entry(
         400, "The block does not start where the stored bytes end", True, "Go on from bytes_read."
     ),
+    "length-mismatch": Entry(
+        400, "The lengths that were told do not agree", False, "Start it again with one length."
+    ),
     "name-in-use": Entry(
         400, "A live job of another kind has that name", False, "Choose another name."
     ),
@@ -53,6 +56,12 @@ CATALOGUE: dict[str, Entry] = {
         403, "The service does not answer to that host name", False, "Add the name to 'hosts'."
     ),
     "prefetch": Entry(403, "A prefetch starts nothing", False, "Send the request for real."),
+    "upload-joined": Entry(
+        403, "This upload is made of others", False, "Send the bytes to its parts."
+    ),
+    "upload-kept": Entry(
+        403, "Completed uploads are not deleted here", False, "Delete the file under /v1/files."
+    ),
     "not-found": Entry(404, "Nothing is there", False, "Check the address."),
     "job-unknown": Entry(404, "No such job", False, "GET /v1/jobs lists the jobs."),
     "file-unknown": Entry(404, "No such file", False, "GET /v1/files lists the files."),
@@ -88,6 +97,9 @@ CATALOGUE: dict[str, Entry] = {
     "job-live": Entry(409, "The job has not ended", False, "Cancel it first."),
     "version-mismatch": Entry(
         412, "It has changed since it was read", True, "Read it again, then decide."
+    ),
+    "tus-version": Entry(
+        412, "That version of tus is not spoken here", False, "See Tus-Version for those that are."
     ),
     "too-large": Entry(413, "The file is larger than allowed", False, "Send a smaller file."),
     "range-not-satisfiable": Entry(

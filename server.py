@@ -155,6 +155,9 @@ async def assembled(config: Config) -> AsyncIterator[Parts]:
             default_params=dict(config.default_params),
             max_sockets=config.max_sockets,
             slots=config.slots,
+            body_idle_s=config.body_idle_s,
+            delete_completed=config.delete_completed,
+            informational=config.informational == "on",
         ),
     )
     try:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from tornado.web import RequestHandler
 
-from handlers import files, jobs, live, simple, status
+from handlers import files, jobs, live, resumable, simple, status, tus
 
 _STATIC = str(Path(__file__).parent.parent / "static")
 _NAME = r"([A-Za-z0-9._~-]{1,128})"
@@ -60,12 +60,53 @@ ROUTES: list[Route] = [
         simple.ProcessCommandHandler,
         {"POST": "Pause, resume or cancel a process"},
     ),
+    # tus
+    Route(
+        r"/tus/?",
+        tus.CreationHandler,
+        {"OPTIONS": "What of tus is spoken here", "POST": "Create an upload, or join partial ones"},
+    ),
+    Route(
+        rf"/tus/{_ID}",
+        tus.UploadHandler,
+        {
+            "HEAD": "Where to go on",
+            "GET": "The bytes of a completed upload, or a range of them",
+            "PATCH": "Append bytes",
+            "DELETE": "Terminate an upload, or remove its file",
+        },
+    ),
+    # Resumable uploads of the IETF
+    Route(
+        r"/resumable/?",
+        resumable.CreationHandler,
+        {
+            "OPTIONS": "That uploads can be resumed here, and their limits",
+            "POST": "Upload a file, or its beginning",
+            "PUT": "The same",
+            "PATCH": "The same",
+        },
+    ),
+    Route(
+        rf"/resumable/{_ID}",
+        resumable.UploadHandler,
+        {
+            "HEAD": "Where to go on",
+            "GET": "The same",
+            "PATCH": "Append bytes",
+            "DELETE": "Give an upload up, or remove its file",
+        },
+    ),
     # Jobs
     Route(r"/v1/jobs", jobs.JobsHandler, {"GET": "List jobs", "POST": "Start a process"}),
     Route(
         rf"/v1/jobs/{_ID}",
         jobs.JobHandler,
-        {"GET": "One job", "DELETE": "Forget a job that has ended"},
+        {
+            "GET": "One job",
+            "PATCH": "Rename a job, move it in the queue, limit its transfer",
+            "DELETE": "Forget a job that has ended",
+        },
     ),
     Route(
         rf"/v1/jobs/{_ID}/(pause|resume|cancel|retry)",

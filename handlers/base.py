@@ -3,7 +3,9 @@
 Every request goes the same way: ``prepare`` checks where it comes from, ``admit`` (a handler's own)
 refuses what can be refused before the body, then the verb runs. Handlers with ``STREAMS`` pull a
 POST, PUT or PATCH body from ``self.body`` inside the verb; the others get a small one whole, by
-``self.json``. An error raised anywhere becomes one answer, also in the middle of a body.
+``self.json``. An error raised anywhere becomes one answer, also in the middle of a body. Around all
+of that is ``Door``: before it what a proxy says is applied, behind it each answer is marked for the
+pages of other sites.
 """
 
 from __future__ import annotations
@@ -18,11 +20,18 @@ from urllib.parse import parse_qsl
 
 import msgspec
 from tornado.http1connection import HTTP1Connection
+from tornado.httputil import HTTPHeaders, HTTPServerRequest
 from tornado.iostream import StreamClosedError
-from tornado.web import HTTPError, RequestHandler, stream_request_body
+from tornado.web import (
+    Application,
+    HTTPError,
+    OutputTransform,
+    RequestHandler,
+    stream_request_body,
+)
 
 from errors import SluiceError
-from handlers.auth import Caller, Hosts, check_site, identify
+from handlers.auth import Caller, Cors, Hosts, Proxies, check_site, identify
 from handlers.now import Now
 from handlers.wire import Body, block_body, read_body_by
 from jobs.downloads import Downloads
@@ -38,6 +47,7 @@ T = TypeVar("T")
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,64}")
 _SAFE = ("GET", "HEAD", "OPTIONS")
+_OVERRIDES = ("PATCH", "DELETE", "HEAD")  # what a POST may stand for
 _LIMIT, _MOST = 50, 500  # items on a page
 _DISCARD_BYTES = 64 << 10  # a refused body so short is read, and the connection is kept
 
@@ -60,6 +70,9 @@ class Settings:
     default_params: dict[str, Any]
     max_sockets: int
     slots: int
+    body_idle_s: float
+    delete_completed: str  # "allow" or "refuse"
+    informational: bool  # 104 is sent to those who can take it
 
 
 @dataclass
@@ -81,17 +94,72 @@ class Services:
     hub: Hub
     now: Now
     hosts: Hosts
+    cors: Cors
+    proxies: Proxies
     life: Life
     settings: Settings
 
 
+class Door(Application):
+    """What every request passes before its handler is found, and every answer on its way out."""
+
+    def __init__(self, routes: list[Any], services: Services, **settings: Any) -> None:
+        super().__init__(routes, services=services, **settings)
+        self._proxies = services.proxies
+        self.add_transform(_granting(services.cors))
+
+    def find_handler(self, request: HTTPServerRequest, **kwargs: Any) -> Any:
+        """Tornado's hook."""
+        self._proxies.apply(request)
+        return super().find_handler(request, **kwargs)
+
+
+def _granting(cors: Cors) -> type[OutputTransform]:
+    class Granting(OutputTransform):
+        """Marks an answer when its headers leave, so that no handler and no error can forget it."""
+
+        def __init__(self, request: HTTPServerRequest) -> None:
+            self._request = request
+
+        def transform_first_chunk(
+            self, status_code: int, headers: HTTPHeaders, chunk: bytes, finishing: bool
+        ) -> tuple[int, HTTPHeaders, bytes]:
+            cors.grant(self._request, headers)
+            return status_code, headers, chunk
+
+    return Granting
+
+
+class WithOptions(RequestHandler):
+    """Answers OPTIONS: which methods there are; to a preflight, also what a page may send."""
+
+    def allowed(self) -> list[str]:
+        """The methods that this handler has."""
+        names = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+        return [
+            name
+            for name in names
+            if getattr(type(self), name.lower()) is not getattr(RequestHandler, name.lower())
+        ]
+
+    async def options(self, *args: str, **kwargs: str) -> None:
+        """Say what may be asked here. A dialect that has more to say calls this first."""
+        services: Services = self.application.settings["services"]
+        methods = ", ".join(self.allowed())
+        self.set_status(204)
+        self.set_header("Allow", methods)
+        for name, value in services.cors.preflight(self.request, methods).items():
+            self.set_header(name, value)
+
+
 @stream_request_body
-class BaseHandler(RequestHandler):
+class BaseHandler(WithOptions):
     """The root of all handlers."""
 
     STREAMS = False  # the verb pulls the body
     OPEN = False  # answers before recovery is done, to anyone
     CHANGES = False  # GET changes state, too
+    OVERRIDES = False  # POST may stand for another method, for clients that have no other
 
     caller: Caller
     body: Body
@@ -103,6 +171,7 @@ class BaseHandler(RequestHandler):
         self._collected: list[bytes] = []
         self._served = False
         self._done = False
+        self._is_head_by_post = False
         self._serving: asyncio.Task[None] | None = None
         self._failure: BaseException | None = None
 
@@ -121,11 +190,14 @@ class BaseHandler(RequestHandler):
         self.set_header("X-Request-Id", self.request_id)
         self.body = Body(self.connection, self._body_length())
         try:
+            self._override()
             self._check()
             self.connection.set_max_body_size(self._max_body_bytes())
             if self.method_streams:
                 await self.admit()
                 self._hook()
+            else:
+                self.connection.set_body_timeout(self.services.settings.body_idle_s)
         except Exception as error:
             if not self.body.unread:
                 raise
@@ -139,13 +211,31 @@ class BaseHandler(RequestHandler):
         """Whether the verb of this request pulls the body."""
         return self.STREAMS and self.request.method not in _SAFE
 
+    def _override(self) -> None:
+        """Let the request be what X-HTTP-Method-Override says, for all that follows."""
+        method = self.request.headers.get("X-HTTP-Method-Override")
+        if not self.OVERRIDES or self.request.method != "POST" or method is None:
+            return
+        if method not in _OVERRIDES:
+            raise SluiceError(
+                "invalid-field",
+                f"A POST can't stand for {method[:20]!r}, only for {', '.join(_OVERRIDES)}.",
+                field="X-HTTP-Method-Override",
+            )
+        if method not in self.allowed():
+            raise SluiceError("method-not-allowed")
+        self.request.method = method
+        self._is_head_by_post = method == "HEAD"
+
     def _check(self) -> None:
         if self.OPEN:
             return
         self.services.hosts.check(self.request)
+        if self.request.method == "OPTIONS":
+            return  # told to anyone, at any time
         changes = self.CHANGES or self.request.method not in _SAFE
         if changes:
-            check_site(self.request)
+            check_site(self.request, self.services.cors)
         self.caller = identify(self.request)
         life = self.services.life
         if not life.ready:
@@ -183,6 +273,7 @@ class BaseHandler(RequestHandler):
         """Let the verb run while the body arrives; afterwards Tornado finds it done."""
         if self.body.length == 0:
             return
+        self.body.bound(self.services.settings.body_idle_s)
         name = (self.request.method or "").lower()
         self._verb: Callable[..., Awaitable[None]] = getattr(self, name)
 
@@ -215,9 +306,14 @@ class BaseHandler(RequestHandler):
                 await self._refuse(error)
                 raise StreamClosedError from None  # else the rest were the next request
             self._failure = error
-        self.body.gate = None
-        async for _ in self.body:  # what the verb did not care for
-            pass
+        self.body.let_go()
+        self.body.bound(self.services.settings.body_idle_s)
+        try:
+            async for _ in self.body:  # what the verb did not care for
+                pass
+        except (ClientGone, SluiceError):
+            self.connection.stream.close()
+            raise StreamClosedError from None
 
     async def _serve_fed(self) -> None:
         """Run the verb on a body that Tornado reads."""
@@ -265,6 +361,9 @@ class BaseHandler(RequestHandler):
     def on_finish(self) -> None:
         """Tornado's hook: the answer is complete."""
         self._done = True
+        body = getattr(self, "body", None)
+        if body is not None:
+            body.closed()
 
     def on_connection_close(self) -> None:
         """Tornado's hook: the client has gone."""
@@ -323,6 +422,21 @@ class BaseHandler(RequestHandler):
         """Whether the request brought a body."""
         return bool(self._collected) or self.body.length != 0
 
+    @property
+    def prefix(self) -> str:
+        """The path under which a proxy shows the service; normally empty."""
+        return self.services.proxies.prefix(self.request)
+
+    def location(self, path: str) -> str:
+        """An absolute path of ours, as the client has to ask for it."""
+        return self.prefix + path
+
+    def flush(self, include_footers: bool = False) -> asyncio.Future[None]:
+        """Tornado's hook: HEAD has no body, but who sent a POST would wait for one."""
+        if self._is_head_by_post and self.get_status() not in (204, 304):
+            self.set_header("Content-Length", "0")
+        return super().flush(include_footers)
+
     def reply(self, value: Any, status: int = 200) -> None:
         """Answer with JSON."""
         self.set_status(status)
@@ -350,16 +464,9 @@ class BaseHandler(RequestHandler):
             self.set_header("Retry-After", str(max(1, round(error.retry_after_s))))
         if error.code == "method-not-allowed":
             self.set_header("Allow", ", ".join(self.allowed()))
+        if error.code == "range-not-satisfiable":
+            self.set_header("Content-Range", f"bytes */{error.extra['bytes']}")
         return msgspec.json.encode(error.problem(self.request_id)) + b"\n"
-
-    def allowed(self) -> list[str]:
-        """The methods that this handler has."""
-        names = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
-        return [
-            name
-            for name in names
-            if getattr(type(self), name.lower()) is not getattr(RequestHandler, name.lower())
-        ]
 
     def log_exception(self, typ: Any, value: BaseException | None, tb: Any) -> None:
         """Tornado's hook: only what is our fault is logged with its trace."""

@@ -11,7 +11,6 @@ import asyncio
 import os
 import re
 import select
-from base64 import b64encode
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from email.utils import formatdate
@@ -22,6 +21,7 @@ from tornado.http1connection import HTTP1Connection
 from tornado.iostream import IOStream, StreamClosedError
 
 from errors import SluiceError
+from handlers import fields
 from handlers.base import BaseHandler
 from handlers.wire import turns
 from jobs import File, Job, Reader
@@ -31,6 +31,8 @@ _FILE_BYTES = 2 << 20  # one sendfile call; it copies nothing, and takes no long
 _PLAIN_BYTES = 256 << 10
 _READ_AHEAD_BYTES = 8 << 20
 _REMAINING = "_expected_content_remaining"  # a private name of Tornado's
+
+_RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 # Shown in the browser; anything else, and all that can run scripts, is saved.
 _INLINE = frozenset(
@@ -248,6 +250,57 @@ def disposition(name: str, attachment: bool) -> str:
     return f"{kind}; filename=\"{ascii_name}\"; filename*=UTF-8''{quote(name, safe='')}"
 
 
+async def send_stored(handler: BaseHandler, file: File) -> None:
+    """Answer GET or HEAD with a stored file: all of it, or one range (RFC 9110 sections 13, 14).
+
+    The address must be one at which the bytes never change. Raises version-mismatch,
+    range-not-satisfiable.
+    """
+    headers = handler.request.headers
+    handler.set_header("Cache-Control", "private, max-age=31536000, immutable")
+    if not {file.etag, "*"} & _tags(headers.get("If-Match", "*")):
+        raise SluiceError("version-mismatch", "If-Match names another version of the file.")
+    given = headers.get("If-None-Match", "")
+    if {file.etag, "*"} & {tag.removeprefix("W/") for tag in _tags(given)}:
+        handler.set_header("ETag", file.etag)
+        handler.set_status(304)
+        return
+    start, end = 0, file.bytes
+    # A range is only meant for the version that the client has begun (section 13.1.5).
+    applies = headers.get("If-Range", file.etag).strip() == file.etag
+    if handler.request.method == "GET" and applies:
+        found = byte_range(headers.get("Range", ""), file.bytes)
+        if found is not None:
+            start, end = found
+            handler.set_status(206)
+            handler.set_header("Content-Range", f"bytes {start}-{end - 1}/{file.bytes}")
+    await send_file(handler, file, start, end)
+
+
+def byte_range(header: str, size: int) -> tuple[int, int] | None:
+    """The one range that is asked for as ``[start, end)``; None to send everything.
+
+    Other units and several ranges are ignored. Raises range-not-satisfiable.
+    """
+    if not header.startswith("bytes=") or "," in header or size == 0:
+        return None
+    match = _RANGE.fullmatch(header.replace(" ", ""))
+    start = end = 0
+    if match is not None and match[1]:
+        start = int(match[1])
+        end = min(int(match[2]) + 1, size) if match[2] else size
+    elif match is not None and match[2]:
+        start, end = max(0, size - int(match[2])), size
+    if start >= end:
+        raise SluiceError("range-not-satisfiable", f"The file has {size} bytes.", bytes=size)
+    return start, end
+
+
+def _tags(header: str) -> set[str]:
+    """The validators of an If-Match or If-None-Match list (RFC 9110 section 13.1)."""
+    return {tag.strip() for tag in header.split(",")}
+
+
 async def send_file(
     handler: BaseHandler,
     file: File,
@@ -275,9 +328,9 @@ async def send_file(
     handler.set_header("Last-Modified", formatdate(file.created_at / 1000, usegmt=True))
     inline = not attachment and file.media_type in _INLINE
     handler.set_header("Content-Disposition", disposition(file.name, not inline))
-    if "sha-256" in file.digest:
-        digest = b64encode(bytes.fromhex(file.digest["sha-256"])).decode()
-        handler.set_header("Repr-Digest", f"sha-256=:{digest}:")
+    if digest := fields.repr_digest(file.digest):
+        handler.set_header("Repr-Digest", digest)
+        handler.set_header("Digest", fields.legacy_digest(file.digest))
     sender = Sender(handler.connection, services.settings.write_idle_s)
     sending = _Sending(handler, sender)
     try:

@@ -17,7 +17,10 @@ ROOT = Path(__file__).parent.parent
 RANK = {"server": 4, "handlers": 3, "jobs": 2, "storage": 1, "errors": 0, "config": 0}
 PACKAGES = ("handlers", "jobs", "storage")
 SHARED_HANDLERS = frozenset(
-    {"handlers", *(f"handlers.{name}" for name in ("auth", "base", "now", "send", "wire"))}
+    {
+        "handlers",
+        *(f"handlers.{name}" for name in ("auth", "base", "fields", "now", "send", "wire")),
+    }
 )
 OPENERS = frozenset({"open_state", "open_blobs"})
 THREAD_MODULES = ("threading", "_thread", "concurrent")

@@ -109,10 +109,10 @@ due              .           .           .          .
 retry_at         .           .           .          .
 claim            .           .           .          .
 finish           succeeded   succeeded   .          cancelling
-fail             failed      failed      .          cancelling
-fail+retry       failed      failed      .          cancelling
-fail+undo        cancelling  cancelling  .          cancelling
-fail+retry+undo  cancelling  cancelling  .          cancelling
+fail             failed      failed      failed     cancelling
+fail+retry       failed      failed      failed     cancelling
+fail+undo        cancelling  cancelling  failed     cancelling
+fail+retry+undo  cancelling  cancelling  failed     cancelling
 unwound          running     paused      .          cancelling
 crash            running*    paused      .          cancelling*
 shutdown         running*    paused      .          .
@@ -886,7 +886,7 @@ class Model:
         if self.state == "cancelling":
             return "cancelling"
         if self.state not in ("running", "pausing"):
-            lost = self.subject == "fragile" and self.state == "paused"
+            lost = self.subject != "process" and self.state == "paused"
             return self._ends_in_failure() if lost else "."
         if facts.retry_at is not None and self.subject == "process":
             self.attempt += 1
