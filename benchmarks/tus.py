@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urljoin, urlsplit
 
 import websocket
 
@@ -53,8 +54,7 @@ def create(port: int, path: str, size: int) -> str:
         location = answer.headers["Location"]
     finally:
         connection.close()
-    _, _, rest = location.rpartition(f":{port}")
-    return rest or location
+    return urlsplit(urljoin(f"http://127.0.0.1:{port}{path}", location)).path
 
 
 def patch(port: int, path: str, source: str) -> Shot:

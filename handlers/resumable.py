@@ -311,7 +311,7 @@ class CreationHandler(ResumableHandler):
         await uploads.check(caller.owner, self.body.length if length is None else length)
         name = fields.file_name(headers.get("Content-Disposition"))
         self.job, _ = await uploads.create(
-            f"upload-{uuid7()[-6:]}" if name is None else clean_name(name, "filename"),
+            clean_name(name, "filename") if name else f"upload-{uuid7()[-6:]}",
             owner=caller.owner,
             client=caller.client,
             by=caller.by(_PROTOCOL),

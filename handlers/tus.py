@@ -22,7 +22,7 @@ import re
 from collections.abc import Mapping
 from email.utils import formatdate
 from typing import NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 from tornado.httputil import HTTPHeaders
 
@@ -178,7 +178,7 @@ class TusHandler(BaseHandler):
     async def take(self, job: Job, offset: int) -> Job:
         """Append the body at ``offset``; the upload after it."""
         uploads = self.services.uploads
-        if self.body.length != 0:
+        if self.body.length != 0 or self.checksums:
             async with uploads.connect(job, self.body) as upload:
                 await uploads.append(upload, offset, self.body, checksums=self.checksums)
         return await self.upload(job.id)
@@ -262,8 +262,13 @@ class CreationHandler(TusHandler):
         try:
             at = urlsplit(address)
             ours = at.scheme in ("", "http", "https") and not (at.query or at.fragment)
-            ours = ours and (not at.netloc or same_origin(self.request, address))
-            match = _ADDRESS.fullmatch(at.path.removeprefix(self.prefix)) if ours else None
+            ours = (
+                ours
+                and ".." not in at.path
+                and (not at.netloc or same_origin(self.request, address))
+            )
+            path = urljoin(self.prefix + self.request.path, at.path)
+            match = _ADDRESS.fullmatch(path.removeprefix(self.prefix)) if ours else None
         except ValueError:
             match = None
         if match is None:
@@ -299,10 +304,19 @@ class CreationHandler(TusHandler):
             if error.code != "upload-finishing":
                 raise
         self.set_status(201)
-        self.set_header("Location", self.location(f"/tus/{job.id}"))
+        self.set_header("Location", self._address(job))
         self.tell_expiry(job)
         if self.body.length != 0 or job.state == "succeeded":
             self.tell_offset(job)
+
+    def _address(self, job: Job) -> str:
+        """Where the upload is, as a reference from where the request was sent (tus "Creation").
+
+        Its last part alone is right whatever host and path a proxy shows; aiotus takes no other.
+        """
+        if self.request.path.endswith("/"):
+            return job.id
+        return self.location(f"/tus/{job.id}")
 
     async def _create(self) -> Job:
         caller, partial = self.caller, self.concat == "partial"
@@ -418,6 +432,8 @@ class UploadHandler(TusHandler):
         """The file that the upload has become, or a range of it."""
         job = await self.upload(upload_id)
         if job.state != "succeeded" or job.result is None:
+            if plan_of(job).parts:
+                raise SluiceError("upload-unfinished", "Its parts are not joined yet.")
             stored = self.services.uploads.offset(job)
             raise SluiceError(
                 "upload-unfinished", f"{stored:,} bytes are stored so far.", bytes_read=stored

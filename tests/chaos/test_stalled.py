@@ -20,7 +20,7 @@ def begin(server: Server, length: int) -> str:
     """A new upload; its path."""
     answer = server.request("POST", "/tus/", headers=TUS | {"Upload-Length": str(length)})
     assert answer.status == 201, answer
-    return answer.headers["Location"]
+    return "/tus/" + answer.headers["Location"]
 
 
 def stall(server: Server) -> socket.socket:

@@ -110,7 +110,7 @@ class UploadMachine(RuleBasedStateMachine):
         """Begin an upload."""
         answer = self.server.post("/tus/", None, Tus_Resumable="1.0.0", Upload_Length=str(SIZE))
         assert answer.status == 201, answer
-        self.path = answer.headers["Location"]
+        self.path = "/tus/" + answer.headers["Location"]
         self.id = self.path.rpartition("/")[2]
         self.acked = self.sent = 0
 

@@ -260,7 +260,7 @@ def test_the_name_comes_from_the_content_disposition(
     assert answer.json["filename"] == expected
 
 
-@pytest.mark.parametrize("header", ["", "inline", "inline; name=x"])
+@pytest.mark.parametrize("header", ["", "inline", "inline; name=x", 'inline; filename=""'])
 def test_a_file_without_a_name_is_given_one(newest: Resumer, header: str) -> None:
     """An upload that names no file is stored as well (section 4.2.1)."""
     answer = newest.create(b"x", "?1", Content_Disposition=header)

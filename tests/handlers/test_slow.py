@@ -45,7 +45,7 @@ def trickle(server: Server, head: str, beginning: bytes, drop: bytes) -> Iterato
 @pytest.mark.parametrize("drop", [b"", b"x"], ids=["silent", "trickling"])
 def test_an_upload_that_is_too_slow_is_ended(server: Server, drop: bytes) -> None:
     """It is told so by an answer that tus clients retry, and what it has sent stays."""
-    where = server.post("/tus/", None, Upload_Length="100000").headers["Location"]
+    where = "/tus/" + server.post("/tus/", None, Upload_Length="100000").headers["Location"]
     head = (
         f"PATCH {where} HTTP/1.1\r\nContent-Length: 100000\r\nUpload-Offset: 0\r\n"
         "Content-Type: application/offset+octet-stream"

@@ -10,12 +10,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from time import monotonic
 from typing import Any
+from urllib.parse import urljoin
 
 from tests.handlers.clients import Caller, Raw
 from tests.harness import Answer, Server, eventually
 
 BODY = "application/offset+octet-stream"
 PATH = re.compile(r"/tus/[0-9a-f-]{36}")
+
+
+def where(answer: Answer) -> str:
+    """The path of an upload that was created by a request to ``/tus/``."""
+    return urljoin("/tus/", answer.headers["Location"])
 
 
 class Tus:
@@ -44,7 +50,7 @@ class Tus:
         """Create an upload; its path."""
         answer = self.create(length, body, **headers)
         assert answer.status == 201, answer
-        path = answer.headers["Location"]
+        path = where(answer)
         assert PATH.fullmatch(path), path
         return path
 
