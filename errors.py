@@ -65,7 +65,7 @@ CATALOGUE: dict[str, Entry] = {
     "not-found": Entry(404, "Nothing is there", False, "Check the address."),
     "job-unknown": Entry(404, "No such job", False, "GET /v1/jobs lists the jobs."),
     "file-unknown": Entry(404, "No such file", False, "GET /v1/files lists the files."),
-    "upload-unknown": Entry(404, "No such unfinished upload", False, "Start it with bytes_read=0."),
+    "upload-unknown": Entry(404, "No such unfinished upload", False, "Start it again."),
     "nothing-uploading": Entry(404, "You are not uploading anything", False, "Nothing to do."),
     "nothing-exporting": Entry(404, "You are not exporting any file", False, "Nothing to do."),
     "method-not-allowed": Entry(405, "The method is not allowed here", False, "See Allow."),

@@ -480,6 +480,7 @@ def test_a_wrong_offset_is_a_conflict(client: Resumer, offset: int) -> None:
     refused(answer, 409, "offset-mismatch", type=MISMATCH, complete="?0")
     assert (answer.json["expected-offset"], answer.json["provided-offset"]) == (5, offset)
     assert answer.headers["Upload-Offset"] == "5"
+    assert "Location" not in answer.headers
     assert client.state(path) == (5, "?0")
 
 

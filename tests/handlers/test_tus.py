@@ -1015,17 +1015,24 @@ def test_what_can_not_be_joined_is_refused(tus: Tus) -> None:
     for bad in (
         *("http://foreign.example" + part, f"ftp://127.0.0.1:{tus.server.port}{part}"),
         *(f"/tus/../tus{part.removeprefix('/tus')}", f"/x{part}", part + "?a=b", part + "#a"),
-        *("http://[", "x", "/tus/", part.replace("-", "%2d"), part[5:]),
+        *("http://[", "/tus/", part.replace("-", "%2d")),
         *(final, waiting, ended, whole, unfinished),
     ):
         refused(joined(tus, part, bad), 400, "invalid-field", "Upload-Concat")
-    refused(joined(tus, part, NOWHERE), 404, "upload-unknown")
+    for unknown in (NOWHERE, "x"):
+        refused(joined(tus, part, unknown), 404, "upload-unknown")
     refused(joined(tus), 400, "invalid-field", "Upload-Concat")
     refused(joined(tus, part, Upload_Length=5), 400, "invalid-field")
     refused(joined(tus, part, Upload_Defer_Length=1), 400, "invalid-field")
     refused(joined(tus, part, body=b"x"), 400, "invalid-field")
     for concat in ("final", "finale;" + part, "partial;" + part, "Partial", "x"):
         refused(tus.create(5, Upload_Concat=concat), 400, "invalid-field")
+
+
+def test_parts_are_named_as_their_address_was_told(tus: Tus) -> None:
+    """A relative address counts from where the request is sent (tus "Upload-Concat")."""
+    told = tus.create(5, b"hello", Upload_Concat="partial").headers["Location"]
+    assert tus.content(where(joined(tus, told, told))) == b"hellohello"
 
 
 def test_a_whole_that_is_too_long_is_refused(tus: Tus) -> None:
