@@ -26,6 +26,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple, Self
 
+from tests.interop.packages import installed
+
 ROOT = Path(__file__).parent.parent
 GIB = 1 << 30
 _UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": GIB}
@@ -249,6 +251,32 @@ class Nginx(_Process):
             except ConnectionRefusedError:
                 time.sleep(0.01)
         raise RuntimeError(f"nginx did not start: {(config.parent / 'error.log').read_text()}")
+
+
+class TusServer(_Process):
+    """The peer for resumable uploads: @tus/server with its file store, in one Node process."""
+
+    path = "/files"  # of new uploads
+
+    def __init__(self, folder: Path) -> None:
+        packages = installed(ROOT / "benchmarks" / "package.json", "bench")
+        self._files = folder / "tus-server"
+        self._files.mkdir()
+        self._process = subprocess.Popen(
+            ["node", str(packages / "tus_server.mjs"), str(self._files), self.path],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError("@tus/server did not start")
+        self.port = int(line.split("127.0.0.1:")[1].split("/")[0])
+
+    def remove_files(self) -> None:
+        """Delete what it has stored."""
+        for path in self._files.iterdir():
+            path.unlink()
 
 
 def source_file(path: Path, n: int) -> Path:

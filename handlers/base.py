@@ -199,9 +199,18 @@ class BaseHandler(WithOptions):
             else:
                 self.connection.set_body_timeout(self.services.settings.body_idle_s)
         except Exception as error:
-            if not self.body.unread:
-                raise
-            await self._refuse(error)
+            if self.body.unread:
+                await self._refuse(error)
+            else:
+                self._postpone(error)
+
+    def _postpone(self, error: Exception) -> None:
+        """Let the verb raise: Tornado closes a connection whose request is answered before it."""
+
+        async def refuse(*_: str, **__: str) -> None:
+            raise error
+
+        setattr(self, (self.request.method or "").lower(), refuse)
 
     async def admit(self) -> None:
         """Refuse a body before it is read, if the request already shows why."""

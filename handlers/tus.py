@@ -11,7 +11,8 @@ checksum-trailer is none of them, because Tornado takes no trailers.
 - An upload whose bytes are all here may still fail. So no answer says that it is complete before
   it is, and one that has failed has no offset any more: its client starts anew.
 - A status is chosen by what clients do with it. The usual ones try again after 409, 423 and 5xx,
-  from the offset that HEAD tells then, and give the upload up after any other 4xx.
+  from the offset that HEAD tells then, and give the upload up after any other 4xx. Where HEAD
+  fails, only 423 is tried again: anything else makes them start anew, from zero.
 """
 
 from __future__ import annotations
@@ -130,6 +131,8 @@ class TusHandler(BaseHandler):
         """The answer to an error, with the status and the headers that tus gives it."""
         if error.status == error.entry.status:  # else it was chosen where it was raised
             error = _with_status(error, _STATUS.get(error.code, error.status))
+        if self.request.method == "HEAD" and error.status >= 500:
+            error = _with_status(error, 423)
         body = super()._problem(error)
         if "bytes_read" in error.extra:
             self.set_header("Upload-Offset", str(error.extra["bytes_read"]))

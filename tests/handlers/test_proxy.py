@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import http.client
 import re
-import shutil
 import socket
 import subprocess
 import time
@@ -377,10 +376,7 @@ def front(
 ) -> Iterator[Server]:
     """A proxy before the server; what one can do with a Server, one can do with this."""
     name = str(request.param)
-    if name == "nginx":
-        path = need(name)
-    elif not (path := shutil.which(name) or ""):
-        pytest.skip(f"{name} is not installed")
+    path = need(name)
     folder = tmp_path_factory.mktemp(name)
     front = Server(site.folder)
     front.port = free_port()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
 import signal
 import socket
@@ -347,3 +349,15 @@ def test_add_tells_why_the_server_refuses(serve: Serve, files: list[Path]) -> No
     server = serve("--max-upload-bytes", "1KiB")
     line = one_line(run("--data", str(server.folder), "add", str(files[0])), 1)
     assert "a b&c.bin" in line and "1,024" in line
+
+
+def test_a_refusal_without_a_body_keeps_the_connection(site: Server) -> None:
+    """What is refused before the verb, and has brought nothing, is an answer like any other."""
+    connection = http.client.HTTPConnection("127.0.0.1", site.port, timeout=20)
+    for _ in range(3):
+        connection.request("GET", "/v1/jobs", headers={"Host": "foreign.example"})
+        answer = connection.getresponse()
+        assert (answer.status, json.loads(answer.read())["code"]) == (403, "unknown-host")
+        assert connection.sock is not None
+        assert answer.headers.get("Connection", "") != "close"
+    connection.close()

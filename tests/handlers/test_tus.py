@@ -1202,3 +1202,20 @@ async def test_requests_at_once_give_one_whole(near: Near) -> None:
     answers = await asyncio.gather(*again)
     assert {answer.code for answer in answers} == {201}
     assert len({where(answer) for answer in answers}) == 1
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize("phase", ["starting", "stopping"])
+async def test_a_service_that_starts_or_stops_makes_nobody_start_anew(
+    app: Application, near: Near, phase: str
+) -> None:
+    """HEAD is then a 423, after which alone tus-js-client keeps an upload (tus "HEAD")."""
+    path = where(await near.ask("POST", "/tus/", Upload_Length=5))
+    life = app.settings["services"].life
+    life.ready = phase != "starting"
+    life.stopping = phase == "stopping"
+    head = await near.ask("HEAD", path)
+    patch = await near.ask("PATCH", path, b"hello", Upload_Offset=0, Content_Type=BODY)
+    life.ready, life.stopping = True, False
+    assert (head.code, patch.code) == (423 if phase == "starting" else 200, 503)
+    assert int((await near.ask("HEAD", path)).headers["Upload-Offset"]) == 0
