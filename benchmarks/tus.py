@@ -54,7 +54,7 @@ def create(port: int, path: str, size: int) -> str:
         location = answer.headers["Location"]
     finally:
         connection.close()
-    return urlsplit(urljoin(f"http://127.0.0.1:{port}{path}", location)).path
+    return str(urlsplit(urljoin(f"http://127.0.0.1:{port}{path}", location)).path)
 
 
 def patch(port: int, path: str, source: str) -> Shot:

@@ -66,9 +66,12 @@ class Draft(NamedTuple):
     # for the upload resource (-03 to -05 demand that it is), and Content-Location is free. Since
     # then the result of a request says by Location what it has created (section 4.2).
     file_header: str = "Location"
+    unsure: int = 503  # of a HEAD that can't be answered now; tus-js-client tries again after 423
 
 
-_OLD = Draft(appended=201, lifetime="expires", is_strict=True, file_header="Content-Location")
+_OLD = Draft(
+    appended=201, lifetime="expires", is_strict=True, file_header="Content-Location", unsure=423
+)
 _DRAFTS = {
     5: _OLD._replace(append_type=None),  # -03
     6: _OLD._replace(replays=False),  # -04, -05
@@ -278,12 +281,15 @@ class ResumableHandler(BaseHandler):
                 "expected-offset": error.extra["bytes_read"],
                 "provided-offset": self.offset,
             }
+        status = _STATUS.get(error.code, error.status)
+        if status == 503 and self.request.method == "HEAD":
+            status = self.draft.unsure
         return SluiceError(
             error.code,
             error.detail,
             field=error.field,
             retry_after_s=error.retry_after_s,
-            status=_STATUS.get(error.code, error.status),
+            status=status,
             **extra,
         )
 

@@ -80,6 +80,7 @@ class UploadMachine(RuleBasedStateMachine):
         self.senders: list[Sender] = []  # open, and perhaps ousted
         self.held: Sender | None = None
         self.paused = False
+        self.acked = self.sent = 0
 
     # Requests
 
@@ -289,7 +290,7 @@ def test_stored_bytes_always_equal_the_model(serve: Serve) -> None:
     """Whatever happens to an upload, what is stored is what was sent, to the byte."""
     server = serve()
     run_state_machine_as_test(
-        lambda: UploadMachine(server),
+        lambda: UploadMachine(server),  # type: ignore[arg-type]
         settings=settings(
             max_examples=30 if FULL else 4,
             stateful_step_count=30 if FULL else 20,

@@ -12,6 +12,8 @@ from time import monotonic
 from typing import Any
 from urllib.parse import urljoin
 
+from tornado.httpclient import HTTPResponse
+
 from tests.handlers.clients import Caller, Raw
 from tests.harness import Answer, Server, eventually
 
@@ -19,7 +21,7 @@ BODY = "application/offset+octet-stream"
 PATH = re.compile(r"/tus/[0-9a-f-]{36}")
 
 
-def where(answer: Answer) -> str:
+def where(answer: Answer | HTTPResponse) -> str:
     """The path of an upload that was created by a request to ``/tus/``."""
     return urljoin("/tus/", answer.headers["Location"])
 
