@@ -65,6 +65,12 @@ def uploading(ours: Sluice, source: Path) -> Iterator[list[float]]:
 
 def ask(connection: http.client.HTTPConnection, n: int) -> Latency:
     """The percentiles of ``n`` requests."""
+    taken = times_ms(connection, n)
+    return Latency(median(taken), quantiles(taken, n=100)[98])
+
+
+def times_ms(connection: http.client.HTTPConnection, n: int) -> list[float]:
+    """How long each of ``n`` requests takes."""
     taken = []
     for _ in range(n):
         begin = time.perf_counter()
@@ -74,7 +80,7 @@ def ask(connection: http.client.HTTPConnection, n: int) -> Latency:
         taken.append((time.perf_counter() - begin) * 1e3)
         if answer.status != 200:
             raise RuntimeError(f"status {answer.status}")
-    return Latency(median(taken), quantiles(taken, n=100)[98])
+    return taken
 
 
 def measure() -> Report:

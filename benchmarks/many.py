@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 
 from benchmarks.common import (
     HEAD,
@@ -29,7 +29,7 @@ from benchmarks.common import (
     place,
     source_file,
 )
-from benchmarks.latency import ask
+from benchmarks.latency import ask, times_ms
 from benchmarks.tus import create
 
 MANY = 64
@@ -48,9 +48,10 @@ def patch_all(ours: Sluice, source: Path) -> Shot:
 
 
 def clean(ours: Sluice) -> None:
-    """Remove what was stored."""
-    for file in ours.call("GET", f"/v1/files?limit={MANY}")[1]["items"]:
+    """Remove what was stored, and wait until its space is free."""
+    for file in ours.call("GET", f"/v1/files?limit={MANY}")[1]["items"][1:]:
         ours.call("DELETE", f"/v1/files/{file['id']}")
+    ours.remove_newest_file()
 
 
 def p99_ms(ours: Sluice, source: Path) -> tuple[float, float]:
@@ -62,10 +63,10 @@ def p99_ms(ours: Sluice, source: Path) -> tuple[float, float]:
         idle.append(ask(connection, 400).p99)
         sending = threading.Thread(target=patch_all, args=(ours, source))
         sending.start()
-        taken = []
+        taken: list[float] = []
         while sending.is_alive():
-            taken.append(ask(connection, 50).p99)
-        busy.append(max(taken))
+            taken += times_ms(connection, 20)
+        busy.append(quantiles(taken, n=100)[98])
         sending.join()
         connection.close()
         clean(ours)

@@ -48,7 +48,6 @@ _STATUS = {
     "upload-complete": 400,
     "checksum-mismatch": 400,
     "upload-finishing": 503,
-    "upload-busy": 503,
     "upload-stalled": 503,
 }
 _ENDS = ("upload-terminated", "digest-mismatch")  # the upload; there is no offset any more

@@ -10,7 +10,7 @@ Rules that keep this correct:
 - A fast sender wakes us once for a batch, not for each of its writes.
 - The read future is never cancelled (the stream would leak). To interrupt is to wake the waiter.
 - A sender that is faster than the disk would keep the loop to itself: after each quantum, which
-  shrinks as more bodies are read at once, the loop turns.
+  shrinks as more bodies are read at once, it stands in a queue until it is its turn again.
 - An answer that comes before the body was read is sent at once; then our side of the connection is
   shut, and what still arrives is thrown away for a while, so that the client sees the answer and
   not a reset. Afterwards ``StreamClosedError`` keeps Tornado from taking the rest of the body for
@@ -25,6 +25,7 @@ import re
 import socket
 import struct
 import termios
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from time import monotonic
@@ -42,7 +43,8 @@ _BIG_BYTES = 1 << 20
 _SMALL_BYTES = 4 << 10  # what a connection that waits holds
 _FAST_BYTES = 16 << 10  # a sender that delivers more at once is worth batches
 _TURN_BYTES = 4 << 20  # all bodies together move about this much in one turn of the loop
-_LEAST_BYTES = 64 << 10
+_LEAST_BYTES = 512 << 10
+_TRASH_BYTES = 64 << 10
 _TURN_S = 0.001  # how long a body lets others finish what they have begun
 _BATCH_BYTES, _BATCH_S = 256 << 10, 0.05  # what to wait for, and for how long
 _POOL = 16  # big buffers kept for reuse
@@ -54,38 +56,58 @@ _EXTENDED_NAME = re.compile(r"(?i);\s*filename\*\s*=\s*utf-8'[^';]*'([^\s;\"]+)"
 
 
 class _Turns:
-    """Shares the loop among the bodies that have bytes to move."""
+    """Shares the loop among the bodies that have bytes to move.
+
+    They stand in a queue, and a turn of the loop lets only some of them go on: so pieces can be
+    big, which is cheap, and a turn is short all the same, however many bodies there are.
+    """
 
     def __init__(self) -> None:
-        self._moving = 0
+        self._queue: deque[asyncio.Future[None]] = deque()
+        self._loop: asyncio.AbstractEventLoop | None = None  # on which they are let go on
+        self._until = 0.0
         self._pool: list[bytearray] = []
 
     @property
     def quantum(self) -> int:
-        """How much one body may move before the others' turn."""
+        """How much one body may move before it stands in the queue again."""
         return min(_BIG_BYTES, self.share)
 
     @property
     def share(self) -> int:
         """The same without the bound of a big buffer."""
-        return max(_LEAST_BYTES, _TURN_BYTES // (self._moving + 1))
+        return max(_LEAST_BYTES, _TURN_BYTES // (len(self._queue) + 1))
 
     async def next(self) -> None:
-        """Let the loop turn.
+        """Return when it is the body's turn; the loop has turned at least once."""
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            self._loop = loop
+            self._queue.clear()
+            loop.call_soon(self._go_on)
+        turn = loop.create_future()
+        self._queue.append(turn)
+        await turn
 
-        A small request takes several turns, and a piece of a body in each of them would make it
-        slow. So the loop turns on, for a short time, while anything but bodies is ready.
-        (``_ready`` is asyncio's own; a loop without it turns once.)
+    def _go_on(self) -> None:
+        """Let the next bodies go on.
+
+        A small request takes several turns of the loop, and pieces of bodies in each of them would
+        make it slow. So they wait, for a short time, while anything else is ready. (``_ready`` is
+        asyncio's own; with a loop that has no such thing they never wait.)
         """
-        ready = getattr(asyncio.get_running_loop(), "_ready", ())
-        end = monotonic() + _TURN_S
-        self._moving += 1
-        try:
-            await asyncio.sleep(0)
-            while len(ready) >= self._moving and monotonic() < end:
-                await asyncio.sleep(0)
-        finally:
-            self._moving -= 1
+        loop = asyncio.get_running_loop()
+        now = monotonic()
+        if not (getattr(loop, "_ready", None) and now < self._until):
+            for _ in range(min(len(self._queue), max(1, _TURN_BYTES // self.quantum))):
+                turn = self._queue.popleft()
+                if not turn.done():
+                    turn.set_result(None)
+            self._until = now + _TURN_S
+        if self._queue:
+            loop.call_soon(self._go_on)
+        else:
+            self._loop = None
 
     def borrow(self) -> bytearray:
         """A big buffer."""
@@ -235,11 +257,30 @@ class Body:
             n = await future
         except StreamClosedError:
             raise ClientGone from None
+        if n == _SMALL_BYTES and self._big is None and self._plain:
+            n = await self._read_more(view, piece)
+            view = view if self._big is None else memoryview(self._big)
         self.left = left - n
         self._fast = self._plain and (self._fast or n > _FAST_BYTES)
         if n == left:
             self._wake_at(1)  # the next request on this connection may be short
         return view[:n]
+
+    async def _read_more(self, beginning: memoryview, piece: int) -> int:
+        """Put what else has come behind a beginning, in a big buffer; how much there is then.
+
+        A batch of which we were told by its first bytes so is one piece and not two.
+        """
+        limit = min(piece, turns.quantum)
+        n = len(beginning)
+        if limit <= n or not _readable_bytes(self._stream):
+            return n
+        self._big = turns.borrow()
+        self._big[:n] = beginning
+        rest = memoryview(self._big)[n:limit]
+        with suppress(StreamClosedError):  # what came before is still handed on
+            n += await self._stream.read_into(rest, partial=True)  # type: ignore[arg-type]
+        return n
 
     def _wake_at(self, n: int) -> None:
         """Let the kernel wake us only when ``n`` bytes have come (SO_RCVLOWAT), or the end.
@@ -354,7 +395,7 @@ class Body:
             await asyncio.sleep(0.02)
 
     async def _discard_read(self, limit_bytes: int) -> None:
-        trash = bytearray(_LEAST_BYTES)
+        trash = bytearray(_TRASH_BYTES)
         while (self.left or 0) > 0 and limit_bytes > 0:
             n = min(self.left or 0, len(trash))
             pending, self._pending = self._pending, None

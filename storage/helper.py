@@ -42,7 +42,7 @@ log = logging.getLogger("sluice.helper")
 
 _PROGRAM = Path(__file__).with_name("helper_child.py")
 _MESSAGE_BYTES = 1024
-_TELL_BYTES = 4 << 20  # a busy child is told of more bytes only by so many
+_TELL_BYTES = 8 << 20  # a busy child is told of more bytes only by so many
 _BUSY_MOST = 200  # descriptors in the child; well below the usual limit of 1,024
 _HEARD_MOST = 64  # messages taken in one turn of the loop
 _IDLE_S = 60.0

@@ -48,7 +48,7 @@ if TYPE_CHECKING:  # typing would take a fifth of the start
 # Mapping the file is not faster, and would kill the process when a file is cut meanwhile.
 _PIECE_BYTES = 256 << 10
 _SLICE_BYTES = 4 << 20  # 3.5 ms for SHA-256 and CRC-32
-_REPORT_S = 0.01
+_REPORT_S = 0.05  # between two reports of how far a long piece of work is
 _MESSAGE_BYTES = 1024
 _FD_BYTES = socket.CMSG_LEN(4)
 

@@ -657,6 +657,19 @@ def test_more_than_the_limit_is_refused_with_the_limit(
     is_result(client.append(path, at, bytes(1000 - at), "?1"), client, bytes(1000))
 
 
+def test_more_than_the_limit_is_refused_before_the_body(narrow: Server, name: str) -> None:
+    """What the head shows to be too much is not asked for (RFC 9110 10.1.1)."""
+    client = Resumer(narrow, 8, name)
+    path = client.begin(bytes(600))
+    sent = {"Upload_Complete": "?0", "Expect": "100-continue"}
+    with client.open("POST", "/resumable/", b"", Content_Length=1001, **sent) as raw:
+        assert raw.answer().status == 413
+    sent |= {"Upload_Offset": "600", "Content_Type": PARTIAL}
+    with client.open("PATCH", path, b"", Content_Length=401, **sent) as raw:
+        assert raw.answer().status == 413
+    assert len(client.caller.jobs()) == 1
+
+
 def test_small_appends_are_taken(client: Resumer) -> None:
     """There is no least size, neither for creations nor for appends (section 4.1.4)."""
     path = client.begin(b"")
@@ -903,6 +916,7 @@ def test_a_new_request_ends_a_stalled_one_at_once(client: Resumer, method: str) 
             "upload-terminated" if method == "DELETE" else "upload-taken-over"
         )
         stalled.send(b"XXX")
+        assert ("Upload-Offset" in cut.headers) == (method != "DELETE")
         if method == "DELETE":
             assert client.ask("HEAD", path).status == 404
             return
@@ -966,6 +980,18 @@ def test_a_creation_that_fails_tells_where_it_goes_on(serve: Serve) -> None:
     refused(answer, 413, "too-large", complete="?0")
     path = answer.headers["Location"]
     assert Resumer(server, 8, "x").state(path) == (int(answer.headers["Upload-Offset"]), "?0")
+
+
+def test_a_sender_that_stalls_may_go_on(serve: Serve) -> None:
+    """Who sends nothing for too long is cut off by a 5xx, with the offset (section 4.4.1)."""
+    client = Resumer(serve("--body-idle-s", "0.2"), 8, "x")
+    path = client.begin(b"hello")
+    named = {"Upload_Offset": 5, "Upload_Complete": "?1", "Content_Type": PARTIAL}
+    with client.open("PATCH", path, b" wo", Content_Length=6, **named) as raw:
+        answer = raw.answer()
+    refused(answer, 503, "upload-stalled", complete="?0")
+    assert answer.headers["Upload-Offset"] == "8"
+    is_result(client.append(path, 8, b"rld", "?1"), client, b"hello world")
 
 
 def test_a_paused_upload_holds_and_goes_on(newest: Resumer) -> None:
@@ -1057,6 +1083,7 @@ def test_a_creation_whose_content_digest_is_wrong_stores_nothing(client: Resumer
     assert client.state(path) == (0, "?0")
     answer = client.create(b"hello", "?1", Content_Digest=digest(b"hullo"))
     refused(answer, 400, "checksum-mismatch", complete="?0")
+    assert not {"Location", "Upload-Offset"} & answer.headers.keys()  # nothing is left of it
     assert client.caller.jobs()[0]["state"] == "failed"
 
 
@@ -1077,6 +1104,7 @@ def test_a_whole_whose_digest_is_wrong_has_failed(
     path = client.begin(b"hello", **({} if late else wrong))
     answer = client.append(path, 5, b" world", "?1", **(wrong if late else {}))
     refused(answer, 409, "digest-mismatch", complete="?1")
+    assert "Upload-Offset" not in answer.headers
     assert client.job(path)["state"] == "failed"
     gone = 404 if client.old else 409
     assert client.ask("HEAD", path).status == gone
@@ -1251,6 +1279,26 @@ async def test_nobody_is_told_a_result_before_there_is_one(
     assert [(await one).code for one in (first, second)] == [201, 201]
     assert (await first).body == (await second).body
     assert (await near.ask("HEAD", path)).headers["Upload-Complete"] == "?1"
+
+
+@pytest.mark.parametrize(("version", "status"), [(5, 423), (6, 423), (7, 503), (8, 503)])
+@pytest.mark.gen_test
+async def test_clients_of_each_version_ask_again(
+    near: Near,
+    publishing: asyncio.Event,
+    monkeypatch: pytest.MonkeyPatch,
+    version: int,
+    status: int,
+) -> None:
+    """A HEAD that can't be answered yet gets what the usual client of that version repeats."""
+    monkeypatch.setattr(resumable, "_FINISH_S", 0)
+    path = await near.begin(b"hello")
+    finishing = asyncio.ensure_future(near.complete(path, 5))
+    await asyncio.sleep(0.05)
+    answer = await near.ask("HEAD", path, Upload_Draft_Interop_Version=version)
+    assert (answer.code, int(answer.headers["Retry-After"])) == (status, 2)
+    publishing.set()
+    assert (await finishing).code == 201
 
 
 @pytest.mark.gen_test
