@@ -5,6 +5,7 @@
 SHELL := /bin/sh
 VENV := .venv
 PY := $(VENV)/bin/python
+PYTEST := $(PY) -m pytest -q -n 2 --dist loadfile
 PIP := $(PY) -m pip install --quiet --no-cache-dir
 PYTHONS := $(PYTHON) python3.13 python3.12 python3.11 python3
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -25,11 +26,11 @@ run: setup ## start the service; options: make run ARGS="--port 9000"
 
 test: setup-dev ## run the tests with small sizes; a part of them: make test ARGS="-k config"
 	@mkdir -p test-output
-	SCALE=small PYTEST_DEBUG_TEMPROOT=test-output $(PY) -m pytest -q $(ARGS)
+	SCALE=small PYTEST_DEBUG_TEMPROOT=test-output $(PYTEST) $(ARGS)
 
 test-full: setup-dev ## run the tests with full sizes
 	@mkdir -p test-output
-	SCALE=full PYTEST_DEBUG_TEMPROOT=test-output $(PY) -m pytest -q $(ARGS)
+	SCALE=full PYTEST_DEBUG_TEMPROOT=test-output $(PYTEST) $(ARGS)
 
 lint: setup-dev ## check style and format
 	$(PY) -m ruff check .
