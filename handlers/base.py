@@ -33,7 +33,7 @@ from tornado.web import (
 from errors import SluiceError
 from handlers.auth import Caller, Cors, Hosts, Proxies, check_site, identify
 from handlers.now import Now
-from handlers.wire import Body, block_body, read_body_by
+from handlers.wire import Body, block_body, read_body_by, turns
 from jobs.downloads import Downloads
 from jobs.events import Hub
 from jobs.files import Files, uuid7
@@ -194,6 +194,7 @@ class BaseHandler(WithOptions):
             self._check()
             self.connection.set_max_body_size(self._max_body_bytes())
             if self.method_streams:
+                await turns.next()  # many may come at once
                 await self.admit()
                 self._hook()
             else:

@@ -65,7 +65,8 @@ class _Turns:
     def __init__(self) -> None:
         self._queue: deque[asyncio.Future[None]] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None  # on which they are let go on
-        self._until = 0.0
+        self._until = 0.0  # when those in the queue go on, whatever else is ready
+        self._spent = 0  # bytes that bodies were allowed in this turn without queueing
         self._pool: list[bytearray] = []
 
     @property
@@ -77,6 +78,21 @@ class _Turns:
     def share(self) -> int:
         """The same without the bound of a big buffer."""
         return max(_LEAST_BYTES, _TURN_BYTES // (len(self._queue) + 1))
+
+    def may_move(self, n: int) -> bool:
+        """Whether a body that has just been woken may move ``n`` bytes without queueing.
+
+        Many can be woken in one turn: the first ones need not wait, and the others shall.
+        """
+        if self._queue:
+            return False
+        if not self._spent:
+            asyncio.get_running_loop().call_soon(self._end_turn)
+        self._spent += n
+        return self._spent <= _TURN_BYTES
+
+    def _end_turn(self) -> None:
+        self._spent = 0
 
     async def next(self) -> None:
         """Return when it is the body's turn; the loop has turned at least once."""
@@ -98,12 +114,13 @@ class _Turns:
         """
         loop = asyncio.get_running_loop()
         now = monotonic()
-        if not (getattr(loop, "_ready", None) and now < self._until):
+        self._until = self._until or now + _TURN_S  # those that went on last have had their turn
+        if not getattr(loop, "_ready", None) or now >= self._until:
             for _ in range(min(len(self._queue), max(1, _TURN_BYTES // self.quantum))):
                 turn = self._queue.popleft()
                 if not turn.done():
                     turn.set_result(None)
-            self._until = now + _TURN_S
+            self._until = 0.0
         if self._queue:
             loop.call_soon(self._go_on)
         else:
@@ -275,6 +292,8 @@ class Body:
         n = len(beginning)
         if limit <= n or not _readable_bytes(self._stream):
             return n
+        if not turns.may_move(limit):
+            await turns.next()
         self._big = turns.borrow()
         self._big[:n] = beginning
         rest = memoryview(self._big)[n:limit]
