@@ -83,7 +83,7 @@ CATALOGUE: dict[str, Entry] = {
         409, "Another request is writing this upload", True, "Wait for it, or ask for the offset."
     ),
     "upload-taken-over": Entry(
-        409, "A newer request has taken the upload over", False, "Leave it to that request."
+        409, "A newer request has taken the upload over", True, "Ask for the offset if you go on."
     ),
     "upload-finishing": Entry(
         409, "All bytes are here; the upload is being checked", True, "Ask again in a moment."

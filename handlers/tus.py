@@ -7,7 +7,9 @@ checksum-trailer is none of them, because Tornado takes no trailers.
 - Whatever the head of a request shows to be wrong is refused in ``admit``: no byte of the body is
   asked for.
 - HEAD, PATCH and DELETE take the upload over: the request that still writes it is ended, and what
-  it delivered counts. GET and OPTIONS disturb nobody.
+  it delivered counts. Only a PATCH of bytes that are stored already is too late for that: browsers
+  repeat requests by themselves, and such an echo must not end what its client does now.
+  GET and OPTIONS disturb nobody.
 - An upload whose bytes are all here may still fail. So no answer says that it is complete before
   it is, and one that has failed has no offset any more: its client starts anew.
 - A status is chosen by what clients do with it. The usual ones try again after 409, 423 and 5xx,
@@ -67,7 +69,6 @@ _STATUS = {
     "upload-finishing": 423,
     "upload-busy": 423,
     "upload-stalled": 503,
-    "upload-taken-over": 400,
     "upload-terminated": 410,
     "digest-mismatch": 410,
 }
@@ -367,7 +368,8 @@ class UploadHandler(TusHandler):
         job = await self.upload(self.path_args[0])
         if plan_of(job).parts:
             raise SluiceError("upload-joined", f"{job.id} is made of other uploads.")
-        job = await uploads.halt(job)
+        if self.offset >= uploads.offset(job):  # else it is late, and may disturb nobody
+            job = await uploads.halt(job)
         stored = uploads.offset(job)
         if self.offset != stored:
             raise SluiceError(

@@ -208,7 +208,7 @@ class UploadMachine(RuleBasedStateMachine):
             if status == 204:
                 self.acked = self.sent = self.held.offset + self.held.length
             else:  # it was ousted, or the server died meanwhile
-                assert status in (0, 400, 503), status
+                assert status in (0, 409, 503), status
                 self.sent = max(self.sent, self.held.offset + self.held.length)
         self.drop_held()
 

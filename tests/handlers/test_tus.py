@@ -630,7 +630,7 @@ def test_head_takes_an_open_upload_over(tus: Tus) -> None:
             answer = tus.head(path)
         assert (answer.status, answer.headers["Upload-Offset"]) == (200, "70000")
         ousted = raw.answer()
-        refused(ousted, 400, "upload-taken-over")
+        refused(ousted, 409, "upload-taken-over")
         with contextlib.suppress(OSError):
             raw.send(bytes(50_000))  # come too late
         assert tus.patch(path, 70_000, data[70_000:]).status == 204
@@ -645,20 +645,24 @@ def test_patch_takes_an_open_upload_over(tus: Tus) -> None:
         with at_once():
             answer = tus.patch(path, 70_000, data[70_000:])
         assert (answer.status, answer.headers["Upload-Offset"]) == (204, str(len(data)))
-        refused(raw.answer(), 400, "upload-taken-over")
+        refused(raw.answer(), 409, "upload-taken-over")
         with contextlib.suppress(OSError):
             raw.send(bytes(50_000))
     assert tus.content(path) == data
 
 
 def test_a_patch_at_a_wrong_offset_learns_where_the_open_one_stands(tus: Tus) -> None:
-    """The offset in a 409 is one that the next PATCH can use."""
+    """A late one, whose bytes are stored, disturbs nobody; after one that is ahead 409 is true."""
     path = tus.new(10)
     with tus.open(path, 0, b"hello", 10) as raw:
         with at_once():
-            answer = tus.patch(path, 0, b"helloworld")
-        refused(raw.answer(), 400, "upload-taken-over")  # it can't move the offset any more
-    assert (answer.status, answer.headers["Upload-Offset"]) == (409, "5")
+            late = tus.patch(path, 0, b"helloworld")
+        assert (late.status, late.headers["Upload-Offset"]) == (409, "5")
+        assert tus.job(path)["transfer"]["connected"]
+        with at_once():
+            ahead = tus.patch(path, 6, b"orld")
+        refused(raw.answer(), 409, "upload-taken-over")  # it can't move the offset any more
+    assert (ahead.status, ahead.headers["Upload-Offset"]) == (409, "5")
     assert tus.patch(path, 5, b"world").status == 204
     assert tus.content(path) == b"helloworld"
 
@@ -718,7 +722,7 @@ def test_a_paused_upload_tells_its_offset_at_once(tus: Tus) -> None:
         tus.command(path, "pause")
         with at_once():
             assert tus.offset(path) == 5
-        refused(raw.answer(), 400, "upload-taken-over")
+        refused(raw.answer(), 409, "upload-taken-over")
     with Raw(tus.server) as raw:
         head = tus.headers(Upload_Offset=5, Content_Type=BODY, Content_Length=5)
         raw.head("PATCH", path, **head)

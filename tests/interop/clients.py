@@ -213,7 +213,7 @@ class Uppy:
     def done(self) -> str:
         """See Client."""
         urls, errors = self.outcome()
-        assert errors == []
+        assert errors == [], errors
         [url] = urls
         return url
 
