@@ -768,9 +768,13 @@ class Uploads:
         """Commit the offset; with ``sync`` what it covers is durable as well."""
         if sync is None:
             sync = self.limits.durability == "always"
-        stored, before = upload.stored, upload.before
-        if sync and upload.writer is not None and upload.durable < stored:
-            upload.durable = min(stored, before + await upload.writer.sync())
+        if sync and upload.writer is not None and upload.durable < upload.stored:
+            before, stored = upload.before, upload.stored
+            durable = min(stored, before + await upload.writer.sync())
+            if self._live.get(upload.job.id) is not upload:
+                return  # the request has ended meanwhile, and has saved what it had
+            upload.durable = max(upload.durable, durable)
+        stored = upload.stored  # not that from before the sync: an offset never goes back
         forced = upload.durable if upload.durable > upload.durable_saved else None
         if stored == upload.saved and forced is None:
             return

@@ -16,7 +16,7 @@ from jobs.upload import Plan, plan_of
 from jobs.uploads import ClientGone
 from jobs.uploads import Limits as UploadLimits
 from storage import Job
-from tests.jobs.world import OWNER, World, eventually
+from tests.jobs.world import OWNER, MortalWriter, World, eventually
 
 DATA = bytes(range(256)) * 4096  # 1 MiB
 KIB = 1 << 10
@@ -426,6 +426,39 @@ async def test_bytes_are_forced_to_the_disk_after_their_request_has_gone(tmp_pat
         await put(world, job, Sender(b"abcd"))
         await world.uploads.save()
         assert (await world.job(job.id)).durable_bytes == 4
+
+
+async def test_a_slow_sync_takes_no_offset_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was acknowledged while the tick waited for the disk is not overwritten by it."""
+    go_on = asyncio.Event()
+    sync = MortalWriter.sync
+
+    async def slow(writer: MortalWriter) -> int:
+        done = await sync(writer)
+        await go_on.wait()
+        return done
+
+    async with World(tmp_path) as world:
+        job = await begin(world, length=12)
+        sender = Sender(b"abcd", ends=False)
+        request = asyncio.create_task(put(world, job, sender))
+        await eventually(lambda: world.uploads.offset(job) == 4, "four bytes are stored")
+        monkeypatch.setattr(MortalWriter, "sync", slow)
+        tick = asyncio.create_task(world.uploads.save())
+        await asyncio.sleep(0)
+        sender.send(b"efgh")
+        sender.end()
+        assert await request == 8
+        monkeypatch.undo()
+        assert await put(world, job, Sender(b"ij")) == 10
+        go_on.set()
+        await tick
+        assert (await world.job(job.id)).stored_bytes == 10
+        assert await put(world, job, Sender(b"kl")) == 12
+        (file,) = await world.uploads.complete(job)
+        assert world.published()[f"{file.id}/a.bin"] == b"abcdefghijkl"
 
 
 async def test_always_forces_them_before_they_are_acknowledged(tmp_path: Path) -> None:
