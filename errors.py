@@ -169,6 +169,17 @@ class SluiceError(Exception):
         self.extra = extra
         super().__init__(f"{code}: {self.detail}")
 
+    def with_status(self, status: int, **extra: Any) -> SluiceError:
+        """The same refusal with another HTTP status, as a dialect prescribes it."""
+        return SluiceError(
+            self.code,
+            self.detail,
+            field=self.field,
+            retry_after_s=self.retry_after_s,
+            status=status,
+            **(self.extra | extra),
+        )
+
     def problem(self, request_id: str | None = None) -> dict[str, Any]:
         """The error as an RFC 9457 object."""
         body: dict[str, Any] = {

@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tornado.httputil import HTTPServerRequest
 
@@ -271,7 +271,7 @@ class ResumableHandler(BaseHandler):
             self.set_header("Location", self.address(self.job))
 
     def _worded(self, error: SluiceError) -> SluiceError:
-        extra = dict(error.extra)
+        extra: dict[str, Any] = {}
         if error.code in _TYPES:
             name = _TYPES[error.code]
             extra["type"] = f"https://iana.org/assignments/http-problem-types#{name}"
@@ -283,14 +283,7 @@ class ResumableHandler(BaseHandler):
         status = _STATUS.get(error.code, error.status)
         if status == 503 and self.request.method == "HEAD":
             status = self.draft.unsure
-        return SluiceError(
-            error.code,
-            error.detail,
-            field=error.field,
-            retry_after_s=error.retry_after_s,
-            status=status,
-            **extra,
-        )
+        return error.with_status(status, **extra)
 
 
 class CreationHandler(ResumableHandler):
@@ -468,9 +461,9 @@ class UploadHandler(ResumableHandler):
                 await uploads.outcome(job)
             except SluiceError as error:
                 if self.draft.is_strict:
-                    error.status = 404
-                elif error.status >= 500:  # after which it would be asked for again
-                    error.status = 410
+                    raise error.with_status(404) from error
+                if error.status >= 500:  # after which it would be asked for again
+                    raise error.with_status(410) from error
                 raise
         if job.state in ("cancelling", "cancelled"):
             code = "expired" if job.reason == "expired" else "upload-unknown"

@@ -529,7 +529,7 @@ class ProcessCommandHandler(SimpleHandler):
         except SluiceError as error:
             if error.status != 409:
                 raise
-            raise SluiceError(error.code, error.detail, status=400, **error.extra) from error
+            raise error.with_status(400) from error
         row = manager.row(job)
         if verb == "resume":
             row["work_types"] = manager.kinds.names()

@@ -131,9 +131,9 @@ class TusHandler(BaseHandler):
     def _problem(self, error: SluiceError) -> bytes:
         """The answer to an error, with the status and the headers that tus gives it."""
         if error.status == error.entry.status:  # else it was chosen where it was raised
-            error = _with_status(error, _STATUS.get(error.code, error.status))
+            error = error.with_status(_STATUS.get(error.code, error.status))
         if self.request.method == "HEAD" and error.status >= 500:
-            error = _with_status(error, 423)
+            error = error.with_status(423)
         body = super()._problem(error)
         if "bytes_read" in error.extra:
             self.set_header("Upload-Offset", str(error.extra["bytes_read"]))
@@ -170,7 +170,7 @@ class TusHandler(BaseHandler):
         except SluiceError as error:
             status = _STATUS.get(error.code, error.status)
             again = status in _TRIED_AGAIN or status >= 500
-            raise _with_status(error, 410 if again else status) from error
+            raise error.with_status(410 if again else status) from error
 
     def read_checks(self) -> None:
         """What the request says of its own bytes, and of the whole. Raises invalid-field."""
@@ -557,14 +557,3 @@ def _too_large(limit: int) -> SluiceError:
 
 def _wrong(header: str, why: str) -> SluiceError:
     return SluiceError("invalid-field", f"{header} {why}", field=header)
-
-
-def _with_status(error: SluiceError, status: int) -> SluiceError:
-    return SluiceError(
-        error.code,
-        error.detail,
-        field=error.field,
-        retry_after_s=error.retry_after_s,
-        status=status,
-        **error.extra,
-    )

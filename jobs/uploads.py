@@ -172,10 +172,10 @@ class Uploads:
                 return job
         raise SluiceError("upload-unknown", f"No upload has the id {job_id[:64]!r}.")
 
-    async def find(self, owner: str, client: str, name: str | None = None) -> list[Job]:
-        """Unfinished uploads of a caller, newest first; those of a file ``name`` if given."""
+    async def find(self, owner: str, client: str) -> list[Job]:
+        """Unfinished uploads of a caller, newest first."""
         page = await self._state.find(
-            Filter(owner=owner, client=client, kinds=(KIND,), live=True, name=name), None, 500
+            Filter(owner=owner, client=client, kinds=(KIND,), live=True), None, 500
         )
         return page.items
 
