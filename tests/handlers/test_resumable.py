@@ -113,12 +113,17 @@ class Resumer:
     @contextmanager
     def open(self, method: str, path: str, data: bytes, **headers: Any) -> Iterator[Raw]:
         """A request that stays open after its first bytes, which have come when this returns."""
+        before = self.offset_of(path) if method == "PATCH" else 0
         with Raw(self.server) as raw:
             raw.head(method, path, **self.headers(**headers))
             if data:
                 raw.send(data)
-                eventually(lambda: self._received(len(data)), f"{len(data)} bytes came")
+                eventually(lambda: self._received(before + len(data)), f"{len(data)} bytes came")
             yield raw
+
+    def offset_of(self, path: str) -> int:
+        """How much of an upload has come, asked without disturbing it."""
+        return int(self.job(path)["transfer"]["received_bytes"])
 
     def _received(self, n: int) -> bool:
         transfers = [job["transfer"] for job in self.caller.jobs() if job["state"] == "running"]
