@@ -85,9 +85,11 @@ def at_least(claim: str, ratio: float, bound: float) -> Verdict:
     return Verdict(claim, f"{ratio:.2f} x", f"at least {bound:.2f} x", ratio >= bound)
 
 
-def at_most(claim: str, value: float, bound: float, unit: str) -> Verdict:
-    """A verdict on a value that must not be bigger."""
-    return Verdict(claim, f"{value:.1f} {unit}", f"at most {bound:.1f} {unit}", value <= bound)
+def at_most(claim: str, value: float, bound: float, unit: str = "x") -> Verdict:
+    """A verdict on a value, or a ratio, that must not be bigger."""
+    digits = 2 if unit == "x" else 1
+    found, limit = f"{value:.{digits}f} {unit}", f"{bound:.{digits}f} {unit}"
+    return Verdict(claim, found, f"at most {limit}", value <= bound)
 
 
 def main(measure: Callable[[], Report]) -> int:

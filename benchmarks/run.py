@@ -21,7 +21,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.common import FOLDER, GIB, ROOT, ROUNDS, SIZE, Report
 
-NAMES = ("upload", "tus", "many", "stalled", "download", "latency", "control", "memory", "jobs")
+NAMES = (
+    *("upload", "tus", "many", "stalled", "download", "readers"),
+    *("latency", "control", "memory", "jobs"),
+)
 _PAGE = ROOT / "docs" / "benchmarks.md"
 
 

@@ -33,6 +33,7 @@ from benchmarks.common import (
     Verdict,
     Way,
     at_least,
+    at_most,
     compare,
     cpu_s,
     curl,
@@ -146,17 +147,13 @@ def measure() -> Report:
         rows,
         [
             at_least("PATCH : nginx PUT, throughput", ours.ratio, 1.2),
-            _at_most("PATCH : nginx PUT, CPU", ours.cpu_s_per_gib / put.cpu_s_per_gib, 0.8),
+            at_most("PATCH : nginx PUT, CPU", ours.cpu_s_per_gib / put.cpu_s_per_gib, 0.8),
             at_least("PATCH : @tus/server", ours.mb_per_s / tus.mb_per_s, 2.0),
             at_least("with digest : without, throughput", digest.mb_per_s / ours.mb_per_s, 0.45),
-            _at_most("with digest : without, CPU", digest.cpu_s_per_gib / ours.cpu_s_per_gib, 1.2),
+            at_most("with digest : without, CPU", digest.cpu_s_per_gib / ours.cpu_s_per_gib, 1.2),
             Verdict("progress frames seen", str(frames[0]), "at least 1", frames[0] > 0),
         ],
     )
-
-
-def _at_most(claim: str, ratio: float, bound: float) -> Verdict:
-    return Verdict(claim, f"{ratio:.2f} x", f"at most {bound:.2f} x", ratio <= bound)
 
 
 if __name__ == "__main__":
