@@ -32,6 +32,7 @@ from benchmarks.common import (
 
 READERS = 256
 _PIECE_BYTES = 256 << 10
+_HEAD_BYTES = 4 << 10
 
 
 class Reader:
@@ -40,26 +41,33 @@ class Reader:
     def __init__(self, port: int, path: str, start: int, n: int) -> None:
         self.left = n
         self.seconds = 0.0
+        self._begun = False
         self.socket = socket.create_connection(("127.0.0.1", port))
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         head = [f"GET {path} HTTP/1.1", "Host: 127.0.0.1", f"Range: bytes={start}-{start + n - 1}"]
         self._request = ("\r\n".join(head) + "\r\n\r\n").encode()
 
     def ask(self) -> None:
-        """Send the request, and read the answer's head."""
+        """Send the request."""
         self.socket.sendall(self._request)
-        head = b""
-        while b"\r\n\r\n" not in head:
-            head += self.socket.recv(1)
-        if not head.startswith(b"HTTP/1.1 206 "):
-            raise RuntimeError(head.decode("latin-1"))
 
     def take(self, buffer: memoryview) -> None:
-        """Throw away a piece of what has come."""
-        n = self.socket.recv_into(buffer, min(self.left, _PIECE_BYTES), socket.MSG_TRUNC)
-        if n == 0:
-            raise RuntimeError(f"cut off {self.left:,} bytes before the end")
-        self.left -= n
+        """Throw away a piece of what has come, but look at the answer's head."""
+        if self._begun:
+            n = self.socket.recv_into(buffer, min(self.left, _PIECE_BYTES), socket.MSG_TRUNC)
+            if n == 0:
+                raise RuntimeError(f"cut off {self.left:,} bytes before the end")
+            self.left -= n
+        else:
+            self.left -= self._begin(self.socket.recv(_HEAD_BYTES))
+
+    def _begin(self, data: bytes) -> int:
+        """How much of the body came with the head."""
+        head, end, body = data.partition(b"\r\n\r\n")
+        if not end or not head.startswith(b"HTTP/1.1 206 "):
+            raise RuntimeError(head.decode("latin-1"))
+        self._begun = True
+        return len(body)
 
 
 class Run(NamedTuple):
