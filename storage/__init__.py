@@ -17,7 +17,7 @@ milliseconds since 1970, UTC.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -152,7 +152,11 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, rename={"from_": "from"})
 
 
 class File(msgspec.Struct, frozen=True, kw_only=True):
-    """One stored, immutable version of a named file. ``id`` is its blob's id too."""
+    """One stored, immutable version of a named file. ``id`` is its blob's id too.
+
+    ``layout`` says what the blob holds: the file's bytes (``plain``), or what they are made of when
+    they are read (``zip``, see jobs/zips.py). ``bytes`` is what a reader gets, either way.
+    """
 
     id: str
     h: int = 0
@@ -165,6 +169,7 @@ class File(msgspec.Struct, frozen=True, kw_only=True):
     job: str | None
     created_at: int
     expires_at: int | None = None
+    layout: str = "plain"
 
     @property
     def etag(self) -> str:
@@ -349,6 +354,13 @@ class Files(Protocol):
         """Files, newest first, with a number below ``after``."""
         ...
 
+    async def add_digests(self, digests: Mapping[str, Mapping[str, str]]) -> None:
+        """Keep digests (hex, by algorithm) with files, by their ids; unknown ids are fine.
+
+        A digest that a file has already stays: its bytes never change.
+        """
+        ...
+
     async def delete_file(self, file_id: str) -> None:
         """Forget a file. Its blob is discarded by the caller, afterwards."""
         ...
@@ -408,6 +420,18 @@ class Reader(Protocol):
 
     async def close(self) -> None:
         """Let go of the blob."""
+        ...
+
+
+class Bundle(Protocol):
+    """The members of a blob, see ``Blobs.link``; all stay readable until ``close``."""
+
+    async def reader(self, member_id: str) -> Reader:
+        """Read a member. Raises file-unknown."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of the members; may be called again."""
         ...
 
 
@@ -493,8 +517,27 @@ class Blobs(Protocol):
         """
         ...
 
+    async def link(self, blob_id: str, source_id: str, source_name: str) -> None:
+        """Make a published blob's bytes a *member* of another blob, which need not exist so far.
+
+        Nothing is copied. The member stays as long as the other one, whatever becomes of its
+        source; it is durable when the other one is published. Linking it again changes nothing.
+        Raises file-unknown, storage-failed.
+        """
+        ...
+
+    async def bundle(self, blob_id: str) -> Bundle:
+        """Open the members of a blob, also of one that is discarded meanwhile.
+
+        Raises file-unknown if it has none.
+        """
+        ...
+
     async def discard(self, blob_id: str) -> None:
-        """Remove a blob, published or not, without stopping the loop; unknown ids are fine."""
+        """Remove a blob with its members, published or not, without stopping the loop.
+
+        Unknown ids are fine.
+        """
         ...
 
     async def concat(
@@ -510,7 +553,7 @@ class Blobs(Protocol):
         ...
 
     async def sweep(self, keep: Collection[str]) -> int:
-        """Remove unfinished blobs that are not in ``keep``; how many."""
+        """Remove unfinished blobs that are not in ``keep``, with their members; how many."""
         ...
 
     async def free_bytes(self) -> int:

@@ -1,15 +1,17 @@
 """Bytes in one folder of this machine.
 
-Layout: ``tmp/<id>`` grows; ``uploads/<id>/<name>`` is published and never changes. Both lie on one
-file system, so that publishing is an atomic rename (the system's own temporary folder often is
-another one, and there a rename would be a copy).
+Layout: ``tmp/<id>`` grows; ``uploads/<id>/<name>`` is published and never changes;
+``members/<id>/<other id>`` is a hard link to another blob's bytes, which stay until both names are
+gone. All lie on one file system, so that publishing is an atomic rename (the system's own temporary
+folder often is another one, and there a rename would be a copy).
 
 Strategy. Calls are synchronous system calls of at most 1 MiB; nothing here waits, and there are no
 threads. Written pages are handed to the disk at once (``sync_file_range``, *write-behind*), so that
 the final fdatasync finds little to do. A fast disk does that in less than a helper would cost; once
 it was slow, all further syncs are a helper process's (helper.py), and another one hashes. Removing
 a big file takes the disk long: its name goes at once, its bytes are cut off in slices between which
-the loop turns, and never while a reader still holds it.
+the loop turns, and never while a reader or another name still holds it. A folder of members goes to
+``tmp/`` at once, by a rename, and is emptied in slices when its last bundle is closed.
 """
 
 from __future__ import annotations
@@ -20,10 +22,11 @@ import errno
 import logging
 import os
 import shutil
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 from errors import SluiceError
 from storage.helper import Digest, Helper
@@ -39,6 +42,8 @@ _PROBES = 8
 _PROBE_BYTES = 4096
 
 _GONE = "Stored bytes of the upload are gone."
+_MEMBERS = ".members"  # how a folder in tmp/ ends whose members are to be removed
+_SLICE_S = 0.002  # of removing small files between two turns of the loop
 
 _SYNC_FILE_RANGE_WRITE = 2
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -127,14 +132,48 @@ class LocalReader:
             self._blobs._release(fd)
 
 
+class _Members:
+    """A folder of members that is open: where it lies now, and for how many."""
+
+    __slots__ = ("discarded", "folder", "users")
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.users = 0
+        self.discarded = False
+
+
+class LocalBundle:
+    """The members of a blob; its folder outlives the blob while this is open."""
+
+    def __init__(self, blobs: LocalBlobs, blob_id: str, members: _Members) -> None:
+        self._blobs = blobs
+        self._blob_id = blob_id
+        self._members: _Members | None = members
+
+    async def reader(self, member_id: str) -> LocalReader:
+        """See the contract."""
+        assert self._members is not None
+        return LocalReader(self._blobs, self._blobs._hold(self._members.folder / member_id))
+
+    async def close(self) -> None:
+        """See the contract."""
+        if self._members is not None:
+            members, self._members = self._members, None
+            self._blobs._let_go(self._blob_id, members)
+
+
 class LocalBlobs:
     """The Blobs contract over a folder."""
 
     def __init__(self, folder: Path, durability: str = "interval") -> None:
         self._tmp = folder / "tmp"
         self._uploads = folder / "uploads"
+        self._members = folder / "members"
         self._durability = durability
         self._readers: dict[tuple[int, int], int] = {}
+        self._bundles: dict[str, _Members] = {}
+        self._emptied: set[Path] = set()  # folders of members that are not the sweep's
         self._removals: set[asyncio.Task[None]] = set()
         self._hasher = Helper("hashing")
         self._syncer = Helper("syncs")  # another one, so that no sync waits behind a hash
@@ -203,13 +242,20 @@ class LocalBlobs:
             if os.listdir(folder):  # a rename would replace bytes that never change
                 raise SluiceError("storage-failed", "The blob has been published before.")
             os.rename(unfinished, folder / name)
-            for path in (folder, self._uploads):
+            members = self._members / blob_id
+            linked = (members, self._members) if members.is_dir() else ()
+            for path in (*linked, folder, self._uploads):
                 await self._sync_folder(path)
         except FileNotFoundError as error:
             raise self._absent(error, "storage-failed", _GONE) from error
         except OSError as error:
             raise refusal(error) from error
         return size
+
+    def _is_published(self, blob_id: str) -> bool:
+        with suppress(FileNotFoundError):  # the folder may be there without the file: a crash
+            return bool(os.listdir(self._uploads / blob_id))
+        return False
 
     async def unpublish(self, blob_id: str) -> bool:
         """See the contract."""
@@ -227,7 +273,7 @@ class LocalBlobs:
 
     async def reader(self, blob_id: str, name: str | None) -> LocalReader:
         """See the contract."""
-        return LocalReader(self, self._hold(blob_id, name))
+        return LocalReader(self, self._hold(self._path(blob_id, name)))
 
     async def digester(
         self,
@@ -238,16 +284,18 @@ class LocalBlobs:
         name: str | None = None,
     ) -> Digest:
         """See the contract."""
-        fd = self._hold(blob_id, name)
+        fd = self._hold(self._path(blob_id, name))
         try:
             return self._hasher.digest(fd, algorithms, start, self._release)
         except ValueError:
             self._release(fd)
             raise
 
-    def _hold(self, blob_id: str, name: str | None) -> int:
+    def _path(self, blob_id: str, name: str | None) -> Path:
+        return self._uploads / blob_id / name if name is not None else self._tmp / blob_id
+
+    def _hold(self, path: Path) -> int:
         """Open a blob for reading; its bytes are there until ``_release``."""
-        path = self._uploads / blob_id / name if name is not None else self._tmp / blob_id
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError as error:
@@ -258,6 +306,90 @@ class LocalBlobs:
         self._readers[key] = self._readers.get(key, 0) + 1
         return fd
 
+    async def link(self, blob_id: str, source_id: str, source_name: str) -> None:
+        """See the contract: a hard link."""
+        source, folder = self._uploads / source_id / source_name, self._members / blob_id
+        try:
+            try:
+                os.link(source, folder / source_id)
+            except FileNotFoundError:  # the folder, or the source?
+                self._members.mkdir(exist_ok=True)
+                folder.mkdir(exist_ok=True)
+                os.link(source, folder / source_id)
+        except FileExistsError:
+            return
+        except FileNotFoundError as error:
+            raise self._absent(error, "file-unknown", "The file's bytes are gone.") from error
+        except OSError as error:
+            if error.errno == errno.EMLINK:
+                raise SluiceError("storage-failed", "The file is in too many archives.") from error
+            if error.errno in (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP):
+                detail = "This disk keeps no file under two names (hard links)."
+                raise SluiceError("storage-failed", detail) from error
+            raise refusal(error) from error
+
+    async def bundle(self, blob_id: str) -> LocalBundle:
+        """See the contract."""
+        folder = self._members / blob_id
+        members = self._bundles.get(blob_id)
+        if members is None:
+            if not folder.is_dir():
+                error = FileNotFoundError(errno.ENOENT, "no members")
+                raise self._absent(error, "file-unknown", "The archive's members are gone.")
+            members = self._bundles[blob_id] = _Members(folder)
+        members.users += 1
+        return LocalBundle(self, blob_id, members)
+
+    def _let_go(self, blob_id: str, members: _Members) -> None:
+        """A bundle was closed; the last one of a discarded blob removes the members."""
+        members.users -= 1
+        if members.users:
+            return
+        if members.discarded:
+            self._spawn(self._empty(members.folder))
+        else:
+            del self._bundles[blob_id]
+
+    def _discard_members(self, blob_id: str) -> None:
+        """Take the members out of sight; they go now, or when nobody has them open any more."""
+        aside = self._tmp / f"{blob_id}.{os.urandom(6).hex()}{_MEMBERS}"
+        try:
+            os.rename(self._members / blob_id, aside)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise refusal(error) from error
+        self._emptied.add(aside)
+        members = self._bundles.pop(blob_id, None)
+        if members is None:
+            self._spawn(self._empty(aside))
+        else:
+            members.folder = aside
+            members.discarded = True
+
+    async def _empty(self, folder: Path) -> None:
+        """Remove a folder of members, a slice a turn; what fails is left to the next start."""
+        try:
+            left, began = True, perf_counter()
+            while left:  # a list of thousands of names would hold the loop, too
+                left = False
+                with os.scandir(folder) as entries:
+                    for entry in entries:
+                        left = True
+                        fd = self._remove(Path(entry.path))
+                        if fd is not None and self._is_big_and_free(fd):
+                            await _cut(fd)
+                        elif fd is not None:
+                            os.close(fd)
+                        if perf_counter() - began > _SLICE_S:
+                            await asyncio.sleep(0)
+                            began = perf_counter()
+            folder.rmdir()
+        except OSError as error:
+            log.warning("members could not be removed: %s", os.strerror(error.errno or 0))
+        finally:
+            self._emptied.discard(folder)
+
     async def discard(self, blob_id: str) -> None:
         """See the contract. The name is gone when this returns; the space follows in slices."""
         folder = self._uploads / blob_id
@@ -266,30 +398,46 @@ class LocalBlobs:
             for name in os.listdir(folder):
                 self._unlink(folder / name)
             folder.rmdir()
+        self._discard_members(blob_id)
 
     def _unlink(self, path: Path) -> None:
         try:
+            fd = self._remove(path)
+        except OSError as error:
+            raise refusal(error) from error
+        if fd is not None:
+            self._free(fd)
+
+    def _remove(self, path: Path) -> int | None:
+        """Remove a name; what it stood for, open, if it was there. Raises OSError."""
+        try:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:
-            return
-        except OSError as error:
-            raise refusal(error) from error
+            return None
         try:
             os.unlink(path)
-        except OSError as error:
+        except OSError:
             os.close(fd)
-            raise refusal(error) from error
-        self._free(fd)
+            raise
+        return fd
+
+    def _is_big_and_free(self, fd: int) -> bool:
+        """Whether nobody has a file any more (neither name nor reader: the last one frees it), and
+        closing it would take the disk long."""
+        status = os.fstat(fd)
+        if status.st_nlink or self._readers.get((status.st_dev, status.st_ino)):
+            return False
+        return status.st_size > _SLICE_BYTES
 
     def _free(self, fd: int) -> None:
-        """Give an unlinked file's space back, once nobody reads it; closes ``fd``."""
-        if self._readers.get(_inode(fd)):
-            os.close(fd)  # the last reader does it
-            return
-        if os.fstat(fd).st_size <= _SLICE_BYTES:
+        """Give an unlinked file's space back, once nobody has it; closes ``fd``."""
+        if self._is_big_and_free(fd):
+            self._spawn(_cut(fd))
+        else:
             os.close(fd)
-            return
-        task = asyncio.get_running_loop().create_task(_cut(fd))
+
+    def _spawn(self, removal: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(removal)
         self._removals.add(task)
         task.add_done_callback(self._removals.discard)
 
@@ -375,6 +523,12 @@ class LocalBlobs:
                     if entry.name not in keep and entry.is_file(follow_symlinks=False):
                         self._unlink(self._tmp / entry.name)
                         swept += 1
+                    elif entry.name.endswith(_MEMBERS) and Path(entry.path) not in self._emptied:
+                        self._emptied.add(Path(entry.path))
+                        self._spawn(self._empty(Path(entry.path)))
+            for blob_id in os.listdir(self._members) if self._members.is_dir() else ():
+                if blob_id not in keep and not self._is_published(blob_id):
+                    self._discard_members(blob_id)
         except OSError as error:
             raise refusal(error) from error
         return swept

@@ -21,7 +21,7 @@ import asyncio
 import os
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -703,6 +703,20 @@ class SqliteState:
         ).fetchall()
         files = [_file(row) for row in rows[:limit]]
         return Page(files, files[-1].h if len(rows) > limit else None)
+
+    async def add_digests(self, digests: Mapping[str, Mapping[str, str]]) -> None:
+        """See the contract. A power cut may lose them: they can be found again."""
+
+        def change(con: sqlite3.Connection) -> None:
+            for file_id, found in digests.items():
+                row = con.execute("SELECT doc FROM files WHERE id = ?", (file_id,)).fetchone()
+                if row is None:
+                    continue
+                file = _file_decoder.decode(row[0])
+                file = msgspec.structs.replace(file, digest={**found, **file.digest})
+                con.execute("UPDATE files SET doc = ? WHERE id = ?", (_encode(file), file_id))
+
+        await self._write(change, full=False)
 
     async def delete_file(self, file_id: str) -> None:
         """See the contract."""

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from errors import SluiceError
-from storage import Blobs, open_blobs
+from storage import Blobs, Bundle, open_blobs
 
 MIB = 1 << 20
 
@@ -53,6 +53,36 @@ async def content(blobs: Blobs, blob_id: str, name: str | None = None) -> bytes:
     assert reader.size_bytes == len(data)
     await reader.close()
     return data
+
+
+async def stored(blobs: Blobs, blob_id: str, data: bytes) -> None:
+    """A published blob with these bytes."""
+    await put(blobs, blob_id, data)
+    await blobs.publish(blob_id, "data.csv")
+
+
+async def member(bundle: Bundle, member_id: str) -> bytes:
+    """All bytes of a member."""
+    reader = await bundle.reader(member_id)
+    data = b""
+    while piece := await reader.read(len(data), 1 << 30):
+        data += piece
+    assert reader.size_bytes == len(data)
+    await reader.close()
+    return data
+
+
+async def unbundled(blobs: Blobs, blob_id: str) -> None:
+    """There are no members to read."""
+    with pytest.raises(SluiceError) as caught:
+        await blobs.bundle(blob_id)
+    assert caught.value.code == "file-unknown"
+
+
+async def settled() -> None:
+    """What is removed beside the calls has gone."""
+    while others := asyncio.all_tasks() - {asyncio.current_task()}:
+        await asyncio.wait(others)
 
 
 def digests(data: bytes) -> dict[str, str]:
@@ -588,6 +618,160 @@ class Joining:
             await blobs.concat("all", [("p", None), ("gone", "data.csv")])
         assert caught.value.status == 404
         assert await blobs.size("all") is None
+
+
+class Bundling:
+    """``link`` and ``bundle``."""
+
+    async def test_a_member_is_what_its_source_is(self, blobs: Blobs) -> None:
+        """The bytes of published blobs can be read as members of another one, under their ids."""
+        data = random.Random(8).randbytes(2 * MIB + 3)
+        for blob_id, content_ in (("b1", data), ("b2", b""), ("b3", b"abc")):
+            await stored(blobs, blob_id, content_)
+            await blobs.link("all", blob_id, "data.csv")
+        bundle = await blobs.bundle("all")
+        assert await member(bundle, "b1") == data
+        assert await member(bundle, "b2") == b""
+        reader = await bundle.reader("b3")
+        assert await reader.read(1, 9) == b"bc"
+        await reader.close()
+        await bundle.close()
+        await bundle.close()
+
+    async def test_linking_again_changes_nothing(self, blobs: Blobs) -> None:
+        """A process that begins again may say the same again, also after the source has gone."""
+        await stored(blobs, "b1", b"abc")
+        for _ in range(3):
+            await blobs.link("all", "b1", "data.csv")
+        await blobs.discard("b1")
+        bundle = await blobs.bundle("all")
+        assert await member(bundle, "b1") == b"abc"
+        await bundle.close()
+
+    @pytest.mark.parametrize("size", [3, 40 * MIB])
+    async def test_a_member_outlives_its_source(self, blobs: Blobs, size: int) -> None:
+        """Whatever the size, the bytes stay when the source is discarded, read or not."""
+        data = random.Random(9).randbytes(1000) * (size // 1000 + 1)
+        await stored(blobs, "b1", data)
+        await blobs.link("all", "b1", "data.csv")
+        reader = await blobs.reader("b1", "data.csv")
+        await blobs.discard("b1")
+        await refused(blobs, "b1", "data.csv")
+        assert await reader.read(len(data) - 3, 9) == data[-3:]
+        await reader.close()
+        await settled()
+        bundle = await blobs.bundle("all")
+        assert await member(bundle, "b1") == data
+        await bundle.close()
+
+    @pytest.mark.parametrize("size", [3, 40 * MIB])
+    async def test_a_source_outlives_its_members(self, blobs: Blobs, size: int) -> None:
+        """Discarding the whole takes nothing from the blobs that it was made of."""
+        data = random.Random(10).randbytes(1000) * (size // 1000 + 1)
+        await stored(blobs, "b1", data)
+        for whole in ("all", "other"):
+            await stored(blobs, whole, b"manifest")
+            await blobs.link(whole, "b1", "data.csv")
+        await blobs.discard("all")
+        await settled()
+        await unbundled(blobs, "all")
+        assert await content(blobs, "b1", "data.csv") == data
+        bundle = await blobs.bundle("other")
+        assert await member(bundle, "b1") == data
+        await bundle.close()
+
+    async def test_only_what_is_published_becomes_a_member(self, blobs: Blobs) -> None:
+        """Unknown ids, wrong names and unfinished blobs are refused, and no bundle is made."""
+        await put(blobs, "b1", b"abc")
+        await stored(blobs, "b2", b"abc")
+        for source, name in (("unknown", "data.csv"), ("b1", "data.csv"), ("b2", "other.csv")):
+            with pytest.raises(SluiceError) as caught:
+                await blobs.link("all", source, name)
+            assert caught.value.code == "file-unknown"
+        await blobs.link("all", "b2", "data.csv")
+        bundle = await blobs.bundle("all")
+        with pytest.raises(SluiceError) as caught:
+            await bundle.reader("b1")
+        assert caught.value.code == "file-unknown"
+        await bundle.close()
+
+    async def test_there_may_be_no_members(self, blobs: Blobs) -> None:
+        """Unknown blobs and those without members have no bundle."""
+        await stored(blobs, "b1", b"abc")
+        for blob_id in ("unknown", "b1"):
+            await unbundled(blobs, blob_id)
+
+    @pytest.mark.parametrize("bundles", [1, 3])
+    async def test_a_bundle_survives_discard(self, blobs: Blobs, bundles: int) -> None:
+        """Who began to read the members reads them all, though nobody else finds them."""
+        sizes = {"b1": 3, "b2": 40 * MIB, "b3": 5}
+        for blob_id, size in sizes.items():
+            await stored(blobs, blob_id, blob_id.encode() * (size // 2))
+            await blobs.link("all", blob_id, "data.csv")
+            await blobs.discard(blob_id)
+        await stored(blobs, "all", b"manifest")
+        opened = [await blobs.bundle("all") for _ in range(bundles)]
+        reader = await opened[0].reader("b1")
+        await blobs.discard("all")
+        await settled()
+        await unbundled(blobs, "all")
+        await blobs.sweep([])
+        for bundle in opened:
+            for blob_id, size in sizes.items():
+                assert await member(bundle, blob_id) == blob_id.encode() * (size // 2)
+            await bundle.close()
+            await settled()
+        assert await reader.read(0, 9) == b"b"[:1] + b"1"
+        await reader.close()
+
+    async def test_an_id_can_be_bundled_again(self, blobs: Blobs) -> None:
+        """After a discard a blob of that id has new members; those who read the old keep them."""
+        for blob_id in ("b1", "b2", "b3"):
+            await stored(blobs, blob_id, blob_id.encode())
+        bundles = []
+        for blob_id in ("b1", "b2", "b3"):
+            await blobs.link("all", blob_id, "data.csv")
+            bundles.append(await blobs.bundle("all"))
+            await blobs.discard("all")
+        for bundle, blob_id in zip(bundles, ("b1", "b2", "b3"), strict=True):
+            assert await member(bundle, blob_id) == blob_id.encode()
+            for other in {"b1", "b2", "b3"} - {blob_id}:
+                with pytest.raises(SluiceError):
+                    await bundle.reader(other)
+            await bundle.close()
+
+    async def test_sweep_takes_members_that_nobody_claims(self, blobs: Blobs) -> None:
+        """Members of unfinished blobs that are kept, and of published ones, stay."""
+        await stored(blobs, "b1", b"abc")
+        for whole in ("published", "kept", "unborn", "swept"):
+            await blobs.link(whole, "b1", "data.csv")
+        await put(blobs, "kept", b"")
+        await put(blobs, "swept", b"")
+        await stored(blobs, "published", b"manifest")
+        assert await blobs.sweep(["kept", "unborn"]) == 1
+        for whole in ("published", "kept", "unborn"):
+            bundle = await blobs.bundle(whole)
+            assert await member(bundle, "b1") == b"abc"
+            await bundle.close()
+        await unbundled(blobs, "swept")
+
+    async def test_members_stay_with_their_blob(self, blobs: Blobs, blobs_url: str) -> None:
+        """Publishing, taking that back and a restart leave them as they are."""
+        await stored(blobs, "b1", b"abc")
+        await put(blobs, "all", b"manifest")
+        await blobs.link("all", "b1", "data.csv")
+        await blobs.publish("all", "files.zip")
+        await blobs.unpublish("all")
+        await blobs.publish("all", "files.zip")
+        await blobs.discard("b1")
+        await blobs.close()
+        again = open_blobs(blobs_url, "always")
+        await again.open()
+        await again.sweep([])
+        bundle = await again.bundle("all")
+        assert await member(bundle, "b1") == b"abc"
+        await bundle.close()
+        await again.close()
 
 
 class Keeping:

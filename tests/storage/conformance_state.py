@@ -1073,6 +1073,7 @@ class Filing:
             digest={"sha-256": "ab" * 32},
             job=None,
             expires_at=9_000,
+            layout="zip",
         )
         await store(state, file)
         stored = await state.file("f1", "ann")
@@ -1165,6 +1166,31 @@ class Filing:
         assert await state.stored("bob") == (1, 5)
         assert await state.stored("eve") == (0, 0)
         assert await state.stored(None) == (3, (1 << 40) + 5)
+
+    async def test_digests_are_added(self, state: State) -> None:
+        """New ones come to those that are there; what is known stays; nothing else changes."""
+        await store(state, a_file("f1", digest={"sha-256": "ab"}), a_file("f2"), a_file("f3"))
+        before = {file_id: await state.file(file_id, None) for file_id in ("f1", "f2", "f3")}
+        seq = len(await log_of(state))
+        await state.add_digests(
+            {
+                "f1": {"crc-32": "00000001", "sha-256": "cd"},
+                "f2": {"crc-32": "00000002"},
+                "unknown": {"crc-32": "00000003"},
+            }
+        )
+        await state.add_digests({})
+        expected = {
+            "f1": {"sha-256": "ab", "crc-32": "00000001"},
+            "f2": {"crc-32": "00000002"},
+            "f3": {},
+        }
+        for file_id, digest in expected.items():
+            file, known = await state.file(file_id, None), before[file_id]
+            assert known is not None
+            assert file == msgspec.structs.replace(known, digest=digest)
+        assert len(await log_of(state)) == seq
+        assert await state.stored("ann") == (3, 30)
 
     async def test_files_know_their_owner(self, state: State) -> None:
         """Another owner finds nothing by any query."""

@@ -45,5 +45,9 @@ class TestJoining(suite.Joining):
     """Over every backend."""
 
 
+class TestBundling(suite.Bundling):
+    """Over every backend."""
+
+
 class TestKeeping(suite.Keeping):
     """Over every backend."""

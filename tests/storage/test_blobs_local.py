@@ -17,7 +17,7 @@ import storage.blobs_local
 from errors import SluiceError
 from storage.blobs_local import LocalBlobs, refusal
 from storage.helper import Helper
-from tests.storage.conformance_blobs import MIB, content, digests, put
+from tests.storage.conformance_blobs import MIB, content, digests, put, settled, stored
 
 SLOW_S = 0.2
 
@@ -230,6 +230,134 @@ class TestRemoving:
         await reader.close()
 
 
+class TestMembers:
+    """Hard links, and how they go."""
+
+    async def test_nothing_is_copied(self, blobs: LocalBlobs, folder: Path) -> None:
+        """A member is another name of the same file."""
+        await stored(blobs, "b1", b"abc")
+        await blobs.link("all", "b1", "data.csv")
+        assert (folder / "members/all/b1").samefile(folder / "uploads/b1/data.csv")
+
+    @pytest.mark.parametrize("first", ["b1", "all"])
+    async def test_big_bytes_go_with_their_last_name(
+        self, blobs: LocalBlobs, folder: Path, monkeypatch: pytest.MonkeyPatch, first: str
+    ) -> None:
+        """As long as one name is left nothing is cut off; then all is, in slices."""
+        await put(blobs, "b1", b"begin")
+        os.truncate(folder / "tmp/b1", 100 * MIB)
+        await blobs.publish("b1", "data.csv")
+        await blobs.link("all", "b1", "data.csv")
+        cuts = spy(monkeypatch, "ftruncate")
+        reader = await blobs.reader("b1", "data.csv")
+        await blobs.discard(first)
+        await reader.close()
+        await settled()
+        assert cuts == []
+        assert held(folder) == []
+        await blobs.discard({"b1": "all", "all": "b1"}[first])
+        await settled()
+        assert [size for _, size in cuts] == [*(n * MIB for n in range(84, 0, -16)), 0]
+        assert held(folder) == []
+        assert not list((folder / "tmp").iterdir())
+
+    async def test_a_member_is_not_cut_while_it_is_read(
+        self, blobs: LocalBlobs, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The last name may go before the last reader does, who then frees the bytes."""
+        await put(blobs, "b1", b"begin")
+        os.truncate(folder / "tmp/b1", 100 * MIB)
+        await blobs.publish("b1", "data.csv")
+        await blobs.link("all", "b1", "data.csv")
+        bundle = await blobs.bundle("all")
+        reader = await bundle.reader("b1")
+        await bundle.close()
+        cuts = spy(monkeypatch, "ftruncate")
+        await blobs.discard("b1")
+        await blobs.discard("all")
+        await settled()
+        assert cuts == []
+        assert await reader.read(0, 5) == b"begin"
+        await reader.close()
+        await settled()
+        assert len(cuts) == 7
+        assert held(folder) == []
+
+    async def test_many_members_go_in_slices(
+        self, blobs: LocalBlobs, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """They are out of sight at once; removing thousands does not hold the loop."""
+        await stored(blobs, "b0", b"abc")
+        (folder / "members/all").mkdir(parents=True)
+        for i in range(3000):
+            os.link(folder / "uploads/b0/data.csv", folder / f"members/all/b{i}")
+        removed = spy(monkeypatch, "unlink")
+        await blobs.discard("all")
+        assert not (folder / "members/all").exists()
+        assert [args for args in removed if "members" in str(args[0])] == []
+        counts = []
+        while asyncio.all_tasks() - {asyncio.current_task()}:
+            before = len(removed)
+            await asyncio.sleep(0)
+            counts.append(len(removed) - before)
+        assert sum(counts) == 3000
+        assert max(counts) < 2000
+        assert not list((folder / "tmp").iterdir())
+
+    async def test_leftovers_are_swept(self, blobs: LocalBlobs, folder: Path) -> None:
+        """A death in the middle of a removal, before or after the rename, leaves nothing for good.
+
+        A blob's folder without the blob in it does not count as published.
+        """
+        await stored(blobs, "b1", b"abc")
+        await blobs.link("all", "b1", "data.csv")
+        await blobs.link("other", "b1", "data.csv")
+        os.rename(folder / "members/all", folder / "tmp/all.0123456789ab.members")
+        (folder / "uploads/other").mkdir()
+        assert await blobs.sweep([]) == 0
+        await settled()
+        assert not list((folder / "tmp").iterdir())
+        assert not list((folder / "members").iterdir())
+        assert os.stat(folder / "uploads/b1/data.csv").st_nlink == 1
+
+    @pytest.mark.parametrize(
+        ("number", "code", "said"),
+        [
+            (errno.EXDEV, "storage-failed", "hard links"),
+            (errno.EPERM, "storage-failed", "hard links"),
+            (errno.EMLINK, "storage-failed", "too many archives"),
+            (errno.ENOSPC, "disk-full", "full"),
+            (errno.EROFS, "storage-missing", "can't be written"),
+        ],
+    )
+    async def test_a_disk_without_links(
+        self, blobs: LocalBlobs, monkeypatch: pytest.MonkeyPatch, number: int, code: str, said: str
+    ) -> None:
+        """Whatever stands against a second name is said, without a path."""
+        await stored(blobs, "b1", b"abc")
+
+        def link(*_: Any) -> None:
+            raise OSError(number, "?", "/secret/path")
+
+        monkeypatch.setattr(os, "link", link)
+        with pytest.raises(SluiceError) as caught:
+            await blobs.link("all", "b1", "data.csv")
+        assert caught.value.code == code
+        assert said in caught.value.detail
+        assert "secret" not in str(caught.value.problem())
+
+    async def test_a_folder_that_is_gone(self, blobs: LocalBlobs, folder: Path) -> None:
+        """Without the data folder nothing is linked, opened, or made anew."""
+        await stored(blobs, "b1", b"abc")
+        folder.rename(folder.with_name("away"))
+        for call in (blobs.link("all", "b1", "data.csv"), blobs.bundle("all")):
+            with pytest.raises(SluiceError) as caught:
+                await call
+            assert caught.value.code == "storage-missing"
+        assert not folder.exists()
+        folder.with_name("away").rename(folder)
+
+
 @pytest.mark.usefixtures("fast_disk")
 class TestDurability:
     """What is forced to the disk, and when."""
@@ -255,6 +383,10 @@ class TestDurability:
         assert len(files) == 2 * synced
         await blobs.publish("b1", "data.csv")
         assert len(names) == folders
+        await blobs.link("all", "b1", "data.csv")
+        assert len(names) == folders
+        await blobs.publish("all", "files.zip")  # its members, too
+        assert len(names) == 3 * folders
         await blobs.close()
 
     @pytest.mark.parametrize(("durability", "handed"), [("interval", True), ("never", False)])
