@@ -66,11 +66,17 @@ CATALOGUE: dict[str, Entry] = {
     "job-unknown": Entry(404, "No such job", False, "GET /v1/jobs lists the jobs."),
     "file-unknown": Entry(404, "No such file", False, "GET /v1/files lists the files."),
     "upload-unknown": Entry(404, "No such unfinished upload", False, "Start it again."),
+    "content-unknown": Entry(
+        404, "The job makes no such file", False, "GET the job: it names what it has made."
+    ),
     "nothing-uploading": Entry(404, "You are not uploading anything", False, "Nothing to do."),
     "nothing-exporting": Entry(404, "You are not exporting any file", False, "Nothing to do."),
     "method-not-allowed": Entry(405, "The method is not allowed here", False, "See Allow."),
     "upload-stalled": Entry(408, "The sender sent nothing for too long", True, "Go on from there."),
     "upload-gone": Entry(410, "The upload has ended", False, "Start it again."),
+    "content-gone": Entry(
+        410, "The job has ended without the file", False, "Look at the job's error; retry it."
+    ),
     "media-type-wrong": Entry(415, "The body has a wrong type", False, "See the detail."),
     # State
     "upload-terminated": Entry(
@@ -123,6 +129,9 @@ CATALOGUE: dict[str, Entry] = {
     "paused-too-long": Entry(
         503, "The transfer is paused", True, "Resume it, then go on from the stored offset."
     ),
+    "not-yet": Entry(
+        503, "Those bytes have not come yet", True, "Ask again in a moment, or with follow=1."
+    ),
     "storage-missing": Entry(
         503, "The storage is not there", True, "Bring the data folder back, then try again."
     ),
@@ -132,6 +141,9 @@ CATALOGUE: dict[str, Entry] = {
     "kind-failed": Entry(500, "The process failed", True, "See the detail, then retry."),
     "cursor-incompatible": Entry(
         500, "The saved position is of another version", False, "Retry from the start."
+    ),
+    "invalid-data": Entry(
+        422, "The data can't be read as what it should be", False, "Correct the row that is named."
     ),
     "digest-mismatch": Entry(
         409, "The digest is not the expected one", False, "Upload the file again."

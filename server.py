@@ -42,6 +42,7 @@ from jobs.add import add
 from jobs.downloads import Downloads
 from jobs.events import Hub
 from jobs.files import Files
+from jobs.growing import Growing
 from jobs.kinds import Registry
 from jobs.manager import Limits, Manager
 from jobs.runners import Runners
@@ -139,6 +140,7 @@ async def assembled(config: Config) -> AsyncIterator[Parts]:
         manager=manager,
         uploads=uploads,
         downloads=Downloads(manager, state, hold_s=config.pause_hold_s),
+        growing=Growing(manager, blobs),
         files=files,
         hub=Hub(state, boot),
         now=Now(),

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from tornado.web import RequestHandler
 
-from handlers import files, jobs, live, resumable, simple, status, tus
+from handlers import files, growing, jobs, live, resumable, simple, status, tus
 
 _STATIC = str(Path(__file__).parent.parent / "static")
 _NAME = r"([A-Za-z0-9._~-]{1,128})"
@@ -113,6 +113,14 @@ ROUTES: list[Route] = [
         jobs.CommandHandler,
         {"POST": "Pause, resume, cancel or retry a job"},
     ),
+    Route(
+        rf"/v1/jobs/{_ID}/content",
+        growing.JobContentHandler,
+        {
+            "GET": "The bytes that a job makes, also while they come",
+            "HEAD": "Their headers",
+        },
+    ),
     Route(rf"/v1/jobs/{_ID}/events", jobs.EventsHandler, {"GET": "The history of a job"}),
     Route(rf"/v1/jobs/{_ID}/log", jobs.LogHandler, {"GET": "The log lines of a job"}),
     Route(r"/v1/kinds", jobs.KindsHandler, {"GET": "What can be started"}),
@@ -123,10 +131,15 @@ ROUTES: list[Route] = [
         files.FileHandler,
         {"GET": "What is known of a file", "DELETE": "Remove a file"},
     ),
+    Route(  # before the next: a file may be named "content"
+        r"/v1/files/by-name/([^/]+)",
+        files.NewestHandler,
+        {"GET": "Where the newest version of a name is", "HEAD": "The same"},
+    ),
     Route(
         rf"/v1/files/{_ID}/content",
         files.ContentHandler,
-        {"GET": "The bytes of a file, or a range of them", "HEAD": "Their headers"},
+        {"GET": "The bytes of a file, or ranges of them", "HEAD": "Their headers"},
     ),
     # The channel and the service itself
     Route(r"/v1/ws", live.LiveHandler, {"GET": "The live channel (WebSocket)"}),

@@ -47,7 +47,8 @@ _PREFIX = re.compile(r"(?:/[A-Za-z0-9._~-]+)*")
 _ASKABLE = (
     *("Authorization", "Content-Type", "Content-Disposition", "Content-Digest", "Repr-Digest"),
     *("Want-Repr-Digest", "Want-Content-Digest", "Idempotency-Key"),
-    *("If-Match", "If-None-Match", "If-Range", "Range", "Origin", "Prefer"),
+    *("If-Match", "If-None-Match", "If-Modified-Since", "If-Unmodified-Since", "If-Range"),
+    *("Range", "Origin", "Prefer"),
     *("X-Client-Id", "X-Request-Id", "X-Requested-With", "X-HTTP-Method-Override"),
     *("Tus-Resumable", "Upload-Length", "Upload-Offset", "Upload-Defer-Length", "Upload-Metadata"),
     *("Upload-Concat", "Upload-Checksum", "Upload-Complete", "Upload-Incomplete"),
@@ -59,7 +60,7 @@ _READABLE = (
     *("Upload-Draft-Interop-Version", "Tus-Version", "Tus-Resumable", "Tus-Max-Size"),
     *("Tus-Extension", "Tus-Checksum-Algorithm", "Content-Range", "Content-Disposition"),
     *("Accept-Ranges", "ETag", "Repr-Digest", "Digest", "Retry-After", "X-Request-Id"),
-    "Preference-Applied",
+    *("Preference-Applied", "Sluice-Job"),
 )
 _PREFLIGHT_S = 86400  # how long a browser remembers what it was told; it takes less if it wants
 

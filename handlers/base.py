@@ -37,6 +37,7 @@ from handlers.wire import Body, block_body, read_body_by, turns
 from jobs.downloads import Downloads
 from jobs.events import Hub
 from jobs.files import Files, uuid7
+from jobs.growing import Growing
 from jobs.kinds import invalid
 from jobs.manager import Manager
 from jobs.uploads import ClientGone, Uploads
@@ -91,6 +92,7 @@ class Services:
     uploads: Uploads
     downloads: Downloads
     files: Files
+    growing: Growing
     hub: Hub
     now: Now
     hosts: Hosts

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import unicodedata
+from typing import NamedTuple
+
+from errors import SluiceError
+from handlers.auth import is_prefetch
 from handlers.base import BaseHandler
 from handlers.send import send_stored
+from jobs.files import clean_name
 from jobs.rows import file_row
 
 
@@ -38,16 +44,70 @@ class FileHandler(BaseHandler):
         self.set_status(204)
 
 
-class ContentHandler(BaseHandler):
+class _Wishes(NamedTuple):
+    """How the content is wanted."""
+
+    attachment: bool
+    track: bool
+
+
+class _Reading(BaseHandler):
+    """What the addresses of content have in common."""
+
+    def wishes(self) -> _Wishes:
+        """The query's parameters. Raises invalid-field."""
+        values = self.query("disposition", "track")
+        for name, known in (("disposition", ("attachment",)), ("track", ("0", "1"))):
+            if name in values and values[name] not in known:
+                detail = f"{name} can only be {' or '.join(known)}."
+                raise SluiceError("invalid-field", detail, field=name)
+        return _Wishes("disposition" in values, values.get("track") == "1")
+
+
+class ContentHandler(_Reading):
     """The bytes of a file; they never change under this address."""
 
+    def initialize(self) -> None:
+        """See BaseHandler; a download that is a job changes state, so other sites may not do it."""
+        super().initialize()
+        tracked = b"1" in self.request.query_arguments.get("track", [])
+        self.CHANGES = tracked and self.request.method == "GET"
+
     async def head(self, file_id: str) -> None:
-        """The headers of ``get``."""
+        """The headers of all of it."""
         await self._send(file_id)
 
     async def get(self, file_id: str) -> None:
-        """All of it, or one range (RFC 9110 section 14)."""
+        """All of it, or ranges; with ``track=1`` as a job."""
+        if self.CHANGES and is_prefetch(self.request):
+            raise SluiceError("prefetch")
         await self._send(file_id)
 
     async def _send(self, file_id: str) -> None:
-        await send_stored(self, await self.services.files.get(file_id, self.caller.owner))
+        wishes = self.wishes()
+        file = await self.services.files.get(file_id, self.caller.owner)
+        await send_stored(self, file, attachment=wishes.attachment, track=wishes.track)
+
+
+class NewestHandler(_Reading):
+    """The newest version of a name."""
+
+    async def head(self, name: str) -> None:
+        """The same."""
+        await self._redirect(name)
+
+    async def get(self, name: str) -> None:
+        """Where its content is; a client that goes on later does so at that address."""
+        await self._redirect(name)
+
+    async def _redirect(self, name: str) -> None:
+        self.wishes()
+        if clean_name(name, "name") != unicodedata.normalize("NFC", name):
+            raise SluiceError("invalid-field", f"{name[:80]!r} is no file's name.", field="name")
+        file = await self.services.files.newest(clean_name(name), self.caller.owner)
+        if file is None:
+            raise SluiceError("file-unknown", f"There is no file named {name[:80]!r}.")
+        query = f"?{self.request.query}" if self.request.query else ""
+        self.set_status(307)
+        self.set_header("Location", self.location(f"/v1/files/{file.id}/content{query}"))
+        self.set_header("Cache-Control", "no-cache")

@@ -2,7 +2,9 @@
 
 They leave by sendfile, waiting on an epoll of our own: Tornado's registration of the socket would
 replace ours. TLS, and blobs without a descriptor, take the plain path. Between two pieces the
-transfer's checkpoint is asked, so that a pause stops the writing and TCP holds the reader.
+transfer's checkpoint is asked, so that a pause stops the writing and TCP holds the reader. A reader
+that takes nothing is let go after a while, whatever it is that waits for it: headers, the text
+between two ranges, or bytes. So is one that has gone, at once, also while it is paused.
 """
 
 from __future__ import annotations
@@ -10,11 +12,13 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import secrets
 import select
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from email.utils import formatdate
-from typing import Protocol
+from typing import NamedTuple, Protocol
 from urllib.parse import quote
 
 from tornado.http1connection import HTTP1Connection
@@ -23,6 +27,7 @@ from tornado.iostream import IOStream, StreamClosedError
 from errors import SluiceError
 from handlers import fields
 from handlers.base import BaseHandler
+from handlers.ranges import Shown, Span, byteranges, decide
 from handlers.wire import turns
 from jobs import File, Job, Reader
 from jobs.uploads import ClientGone
@@ -32,9 +37,8 @@ _PLAIN_BYTES = 256 << 10
 _READ_AHEAD_BYTES = 8 << 20
 _REMAINING = "_expected_content_remaining"  # a private name of Tornado's
 
-_RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
-
-# Shown in the browser; anything else, and all that can run scripts, is saved.
+# Shown in the browser. Anything else is saved, and so is all that can carry scripts, as HTML, SVG
+# and PDF can.
 _INLINE = frozenset(
     {
         "text/plain",
@@ -46,7 +50,6 @@ _INLINE = frozenset(
         "audio/ogg",
         "video/mp4",
         "video/webm",
-        "application/pdf",
     }
 )
 
@@ -134,6 +137,10 @@ class Sender:
     def interrupt(self, error: SluiceError) -> None:
         """See Peer."""
         self._error = error
+        self.wake()
+
+    def wake(self) -> None:
+        """Look again at what is waited for: something has changed."""
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
@@ -158,15 +165,18 @@ class Sender:
 
     async def _sendfile(self, source: int, start: int, end: int, gate: Gate) -> int:
         self.sendfile_used = True
+        if self._stream.closed():  # since the headers were flushed
+            raise ClientGone
         target = self._stream.socket.fileno()
         at = ahead = start
         work = 0
         try:
             while at < end:
                 await self._pass(gate)
-                if at >= ahead - _READ_AHEAD_BYTES // 2:  # each page is asked for once
-                    os.posix_fadvise(source, ahead, _READ_AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
-                    ahead += _READ_AHEAD_BYTES
+                if ahead < end and at >= ahead - _READ_AHEAD_BYTES // 2:  # each page once
+                    more = min(_READ_AHEAD_BYTES, end - ahead)
+                    os.posix_fadvise(source, ahead, more, os.POSIX_FADV_WILLNEED)
+                    ahead += more
                 quantum = min(_FILE_BYTES, turns.share)
                 try:
                     n = os.sendfile(target, source, at, _piece(end - at, quantum, gate))
@@ -185,9 +195,11 @@ class Sender:
         except OSError as error:
             raise ClientGone from error
         finally:
-            writable.forget(target)
-        # Tornado counts what passes through its own write.
-        setattr(self._connection, _REMAINING, 0)
+            if not self._stream.closed():  # else the number may be another socket's by now
+                writable.forget(target)
+        remaining = getattr(self._connection, _REMAINING)
+        if remaining is not None:  # Tornado counts what passes through its own write
+            setattr(self._connection, _REMAINING, remaining - (at - start))
         return at - start
 
     async def _send_plain(
@@ -205,17 +217,52 @@ class Sender:
                 data = await reader.read(at, _piece(end - at, _PLAIN_BYTES, gate))
                 if not data:
                     raise SluiceError("storage-failed", "The file is shorter than it was.")
-                writing = asyncio.ensure_future(write(data))
-                while not (await asyncio.wait([writing], timeout=self._idle_s))[0]:
-                    if not gate.held:
-                        self._stream.close()  # which ends the writing
-                await writing
+                await self.written(write(data), gate)
                 at += len(data)
                 gate.moved(len(data))
                 await turns.next()
         except StreamClosedError as error:
             raise ClientGone from error
         return at - start
+
+    async def text(
+        self, text: bytes, write: Callable[[bytes], Awaitable[None]], gate: Gate
+    ) -> None:
+        """Send bytes that are not of the blob. Raises what ``send`` raises."""
+        await self._pass(gate)
+        try:
+            await self.written(write(text), gate)
+        except StreamClosedError as error:
+            raise ClientGone from error
+        gate.moved(len(text))
+
+    async def written(self, write: Awaitable[None], gate: Gate) -> None:
+        """Return when a write of Tornado's is done. Raises what ``send`` raises.
+
+        If it does so, the stream is closed: part of what was written may have left.
+        """
+        writing = asyncio.ensure_future(write)
+        try:
+            while not writing.done():
+                self._waiter = asyncio.get_running_loop().create_future()
+                done, _ = await asyncio.wait(
+                    [writing, self._waiter],
+                    timeout=self._idle_s,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                if not done and gate.held:
+                    await gate.checkpoint()
+                elif not done:
+                    raise ClientGone("The reader read nothing for too long")
+                elif writing not in done and self._error is not None:
+                    raise self._error
+            await writing
+        finally:
+            self._waiter = None
+            if not writing.done():
+                self._stream.close()  # which ends the writing
+                with suppress(StreamClosedError):
+                    await writing
 
     async def _pass(self, gate: Gate) -> None:
         await gate.checkpoint()
@@ -233,7 +280,7 @@ class Sender:
         except TimeoutError:
             if gate.held:
                 return
-            raise ClientGone("the reader read nothing for too long") from None
+            raise ClientGone("The reader read nothing for too long") from None
         finally:
             self._waiter = None
 
@@ -244,61 +291,45 @@ def _piece(left: int, most: int, gate: Gate) -> int:
 
 
 def disposition(name: str, attachment: bool) -> str:
-    """Content-Disposition with a name in ASCII and, exactly, in UTF-8 (RFC 6266)."""
-    ascii_name = re.sub(r'[^\x20-\x7e]|["\\%]', "_", name)
+    """Content-Disposition with a name in ASCII and, exactly, in UTF-8 (RFC 6266, appendix D).
+
+    Of a path only its last part, and no control characters.
+    """
+    name = re.sub(r"[\x00-\x1f\x7f]", "", re.split(r"[/\\]", name)[-1]) or "download"
+    ascii_name = re.sub(r'[^\x20-\x7e]|["%]', "_", name)
+    exact_name = quote(name, safe="", errors="replace")
     kind = "attachment" if attachment else "inline"
-    return f"{kind}; filename=\"{ascii_name}\"; filename*=UTF-8''{quote(name, safe='')}"
+    return f"{kind}; filename=\"{ascii_name}\"; filename*=UTF-8''{exact_name}"
 
 
-async def send_stored(handler: BaseHandler, file: File) -> None:
-    """Answer GET or HEAD with a stored file: all of it, or one range (RFC 9110 sections 13, 14).
+async def send_stored(
+    handler: BaseHandler, file: File, *, attachment: bool = False, track: bool = False
+) -> None:
+    """Answer GET or HEAD with a stored file, or what the request wants of it (see ranges).
 
-    The address must be one at which the bytes never change. Raises version-mismatch,
-    range-not-satisfiable.
+    The address must be one at which the bytes never change. ``track``: bytes that leave are a job,
+    which the header Sluice-Job names. Raises version-mismatch, range-not-satisfiable.
     """
-    headers = handler.request.headers
+    get = handler.request.method == "GET"
+    shown = Shown(file.etag, file.created_at // 1000, file.bytes)
+    decision = decide(handler.request.headers, shown, get=get, now_s=time.time())
+    handler.set_status(decision.status)
     handler.set_header("Cache-Control", "private, max-age=31536000, immutable")
-    if not {file.etag, "*"} & _tags(headers.get("If-Match", "*")):
-        raise SluiceError("version-mismatch", "If-Match names another version of the file.")
-    given = headers.get("If-None-Match", "")
-    if {file.etag, "*"} & {tag.removeprefix("W/") for tag in _tags(given)}:
-        handler.set_header("ETag", file.etag)
-        handler.set_status(304)
+    handler.set_header("ETag", file.etag)
+    handler.set_header("Last-Modified", _date(file))
+    if decision.status == 304:
         return
-    start, end = 0, file.bytes
-    # A range is only meant for the version that the client has begun (section 13.1.5).
-    applies = headers.get("If-Range", file.etag).strip() == file.etag
-    if handler.request.method == "GET" and applies:
-        found = byte_range(headers.get("Range", ""), file.bytes)
-        if found is not None:
-            start, end = found
-            handler.set_status(206)
-            handler.set_header("Content-Range", f"bytes {start}-{end - 1}/{file.bytes}")
-    await send_file(handler, file, start, end)
-
-
-def byte_range(header: str, size: int) -> tuple[int, int] | None:
-    """The one range that is asked for as ``[start, end)``; None to send everything.
-
-    Other units and several ranges are ignored. Raises range-not-satisfiable.
-    """
-    if not header.startswith("bytes=") or "," in header or size == 0:
-        return None
-    match = _RANGE.fullmatch(header.replace(" ", ""))
-    start = end = 0
-    if match is not None and match[1]:
-        start = int(match[1])
-        end = min(int(match[2]) + 1, size) if match[2] else size
-    elif match is not None and match[2]:
-        start, end = max(0, size - int(match[2])), size
-    if start >= end:
-        raise SluiceError("range-not-satisfiable", f"The file has {size} bytes.", bytes=size)
-    return start, end
-
-
-def _tags(header: str) -> set[str]:
-    """The validators of an If-Match or If-None-Match list (RFC 9110 section 13.1)."""
-    return {tag.strip() for tag in header.split(",")}
+    _describe(handler, file, attachment=attachment)
+    if decision.status == 206:
+        body = _partial(handler, file, decision.spans)
+    else:
+        body = _Body([_Part(b"", *span) for span in decision.spans])
+    reader = await handler.services.files.reader(file)
+    try:
+        job = await _tracked(handler, file, body.length_bytes) if track and get else None
+        await _send(handler, reader, body, job)
+    finally:
+        await reader.close()
 
 
 async def send_file(
@@ -314,59 +345,138 @@ async def send_file(
 
     A failure after the headers closes the connection short of its Content-Length.
     """
-    services = handler.services
+    _describe(handler, file, attachment=attachment)
     try:
-        reader = await services.files.reader(file)
+        reader = await handler.services.files.reader(file)
     except SluiceError as error:
         if job is not None:
-            await services.downloads.fail(job, error)
+            await handler.services.downloads.fail(job, error)
         raise
+    try:
+        await _send(handler, reader, _Body([_Part(b"", start, end)]), job)
+    finally:
+        await reader.close()
+
+
+class _Part(NamedTuple):
+    """Bytes ``[start, end)`` of the file, and the text before them."""
+
+    text: bytes
+    start: int
+    end: int
+
+
+class _Body(NamedTuple):
+    """What follows the headers."""
+
+    parts: list[_Part]
+    tail: bytes = b""
+
+    @property
+    def length_bytes(self) -> int:
+        """Its Content-Length."""
+        return len(self.tail) + sum(len(text) + end - start for text, start, end in self.parts)
+
+
+def _describe(handler: BaseHandler, file: File, *, attachment: bool) -> None:
+    """Set the headers that GET, HEAD and each 206 have in common.
+
+    Both digests are of the whole file, whatever part of it is sent: that is what a client which
+    puts the parts together can check.
+    """
     handler.set_header("Content-Type", file.media_type)
-    handler.set_header("Content-Length", str(end - start))
     handler.set_header("Accept-Ranges", "bytes")
     handler.set_header("ETag", file.etag)
-    handler.set_header("Last-Modified", formatdate(file.created_at / 1000, usegmt=True))
+    handler.set_header("Last-Modified", _date(file))
     inline = not attachment and file.media_type in _INLINE
     handler.set_header("Content-Disposition", disposition(file.name, not inline))
     if digest := fields.repr_digest(file.digest):
         handler.set_header("Repr-Digest", digest)
         handler.set_header("Digest", fields.legacy_digest(file.digest))
+
+
+def _date(file: File) -> str:
+    return formatdate(file.created_at // 1000, usegmt=True)
+
+
+def _partial(handler: BaseHandler, file: File, spans: list[Span]) -> _Body:
+    """The body of a 206; says in the headers of which kind it is (RFC 9110 section 15.3.7)."""
+    if len(spans) == 1:
+        start, end = spans[0]
+        handler.set_header("Content-Range", f"bytes {start}-{end - 1}/{file.bytes}")
+        return _Body([_Part(b"", start, end)])
+    boundary = secrets.token_hex(16)  # nobody can have written it into a file
+    handler.set_header("Content-Type", f"multipart/byteranges; boundary={boundary}")
+    heads, tail = byteranges(spans, file.media_type, file.bytes, boundary)
+    return _Body([_Part(head, *span) for head, span in zip(heads, spans, strict=True)], tail)
+
+
+async def _tracked(handler: BaseHandler, file: File, n: int) -> Job:
+    """Make a job of an answer of ``n`` bytes, and say so."""
+    caller = handler.caller
+    job = await handler.services.downloads.create(
+        file, n, owner=caller.owner, client=caller.client, by=caller.by("rest"), protocol="rest"
+    )
+    handler.set_header("Sluice-Job", job.id)
+    return job
+
+
+async def _send(handler: BaseHandler, reader: Reader, body: _Body, job: Job | None) -> None:
+    services = handler.services
+    handler.set_header("Content-Length", str(body.length_bytes))
+    if handler.request.method == "HEAD":
+        return
     sender = Sender(handler.connection, services.settings.write_idle_s)
-    sending = _Sending(handler, sender)
+    sending = _Sending(handler, sender, job)
     try:
-        if handler.request.method == "HEAD":
-            return
         if job is None:
-            await sending.run(reader, start, end, services.downloads)
+            await sending.run(reader, body, services.downloads)
         else:
             async with services.downloads.connect(job, sender) as download:
                 await download.checkpoint()  # so that an early end can still be an answer
-                await sending.run(reader, start, end, download)
+                await sending.run(reader, body, download)
     except (SluiceError, ClientGone):
         if not sending.begun:
             raise
         handler.connection.stream.close()
-    finally:
-        await reader.close()
 
 
 class _Sending:
     """One body on its way, with its plain path."""
 
-    def __init__(self, handler: BaseHandler, sender: Sender) -> None:
+    def __init__(self, handler: BaseHandler, sender: Sender, job: Job | None) -> None:
         self.begun = False
         self._handler = handler
         self._sender = sender
+        self._job = job
+        handler.connection.set_close_callback(self._closed)
 
-    async def run(self, reader: Reader, start: int, end: int, gate: Gate) -> None:
+    async def run(self, reader: Reader, body: _Body, gate: Gate) -> None:
         """Flush the headers, then send."""
         self.begun = True
+        sender = self._sender
         try:
-            await self._handler.flush()
+            await sender.written(self._handler.flush(), gate)
         except StreamClosedError:
             raise ClientGone from None
-        await self._sender.send(reader, start, end, self._write, gate)
+        for number, part in enumerate(body.parts):
+            if number:
+                await turns.next()  # many small parts are work, too
+            if part.text:
+                await sender.text(part.text, self._write, gate)
+            await sender.send(reader, part.start, part.end, self._write, gate)
+        if body.tail:
+            await sender.text(body.tail, self._write, gate)
 
-    async def _write(self, data: bytes) -> None:
+    def _write(self, data: bytes) -> Awaitable[None]:
         self._handler.write(data)
-        await self._handler.flush()
+        self._handler.flush()
+        # The future of flush hides that bytes were dropped; this one follows them and tells.
+        return self._handler.connection.stream.write(b"")
+
+    def _closed(self) -> None:
+        """The connection has ended, which our own epoll does not see."""
+        self._handler.on_connection_close()
+        self._sender.wake()
+        if self._job is not None:
+            self._handler.services.downloads.gone(self._job)

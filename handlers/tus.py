@@ -33,6 +33,7 @@ from errors import SluiceError
 from handlers import fields
 from handlers.auth import same_origin
 from handlers.base import BaseHandler
+from handlers.growing import GrowingHandler
 from handlers.send import send_stored
 from jobs import File, Job
 from jobs.files import clean_name, uuid7
@@ -350,7 +351,7 @@ class CreationHandler(TusHandler):
         return job
 
 
-class UploadHandler(TusHandler):
+class UploadHandler(GrowingHandler, TusHandler):
     """``/tus/{id}``: one upload."""
 
     async def admit(self) -> None:
@@ -434,17 +435,14 @@ class UploadHandler(TusHandler):
         return _sum([await uploads.get(part, owner, _PROTOCOL) for part in parts] or [job])
 
     async def get(self, upload_id: str) -> None:
-        """The file that the upload has become, or a range of it."""
-        job = await self.upload(upload_id)
-        if job.state != "succeeded" or job.result is None:
-            if plan_of(job).parts:
-                raise SluiceError("upload-unfinished", "Its parts are not joined yet.")
-            stored = self.services.uploads.offset(job)
-            raise SluiceError(
-                "upload-unfinished", f"{stored:,} bytes are stored so far.", bytes_read=stored
-            )
-        file_id = job.result.file or ""  # a part that was joined has none
-        await send_stored(self, await self.services.files.get(file_id, self.caller.owner))
+        """The file that the upload has become, or what there is of it; ranges of both.
+
+        With ``follow=1`` what is still to come as well (see handlers/growing.py).
+        """
+        follow = self.wants_follow(self.query())
+        file_id = await self.send_growing(await self.upload(upload_id), None, follow)
+        if file_id is not None:
+            await send_stored(self, await self.services.files.get(file_id, self.caller.owner))
 
     async def delete(self, upload_id: str) -> None:
         """Terminate the upload and free its bytes; remove the file of a complete one."""

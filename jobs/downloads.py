@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 
 from errors import SluiceError
 from jobs.flow import Flow, Peer
-from jobs.manager import Glance, Manager
+from jobs.manager import Glance, Grown, Manager
 from jobs.progress import Meter
 from jobs.states import FINAL, Input
 from jobs.uploads import ClientGone
@@ -99,6 +99,12 @@ class Downloads:
         )
         return page.items
 
+    def gone(self, job: Job) -> None:
+        """The connection of a download has ended: so does the download, also while it is paused."""
+        download = self._live.get(job.id)
+        if download is not None:
+            download.flow.end(SluiceError("client-gone", "The client went away."))
+
     async def checkpoint(self) -> None:
         """See held."""
 
@@ -140,17 +146,17 @@ class Downloads:
             await self._manager.conclude(job_id, Input.UNWOUND)
             await self._manager.settled(job_id)
         elif code == "stopping":
-            interrupted = SluiceError("interrupted", "The server stopped during the download.")
-            await self._manager.conclude(job_id, Input.SHUTDOWN, error=interrupted)
+            failure = _interrupted("interrupted", "The server stopped.", download.sent)
+            await self._manager.conclude(job_id, Input.SHUTDOWN, error=failure)
         elif isinstance(error, SluiceError):
-            await self._manager.conclude(job_id, Input.FAIL, error=error)
-        else:
-            gone = isinstance(error, ClientGone)
-            failure = SluiceError(
-                "client-gone" if gone else "internal",
-                f"The client went away after {download.sent:,} bytes." if gone else "",
-            )
+            failure = _interrupted(code, error.detail, download.sent)
             await self._manager.conclude(job_id, Input.FAIL, error=failure)
+        elif isinstance(error, ClientGone):
+            why = f"{error}." if str(error) else "The client went away."
+            failure = _interrupted("client-gone", why, download.sent)
+            await self._manager.conclude(job_id, Input.FAIL, error=failure)
+        else:
+            await self._manager.conclude(job_id, Input.FAIL, error=SluiceError("internal"))
 
     # For the manager (see Driver)
 
@@ -209,6 +215,10 @@ class Downloads:
         meter = download.meter
         return Glance(meter.finished() if finished else meter.progress(), transfer)
 
+    def grown(self, job: Job, name: str | None) -> Grown | None:
+        """See Driver; a download makes nothing."""
+        raise SluiceError("content-unknown", "A download makes no file.", job=job.id)
+
     def changed(self) -> Iterable[tuple[str, Progress]]:
         """See Driver."""
         for job_id, download in self._live.items():
@@ -225,6 +235,11 @@ class Downloads:
         for download in lives:
             download.flow.end(SluiceError("stopping", retry_after_s=5))
         await asyncio.gather(*(download.released.wait() for download in lives))
+
+
+def _interrupted(code: str, why: str, sent_bytes: int) -> SluiceError:
+    """How far a download came that has not reached its end."""
+    return SluiceError(code, f"{why} The download was interrupted after {sent_bytes:,} bytes.")
 
 
 def _terminated(job: Job) -> SluiceError:

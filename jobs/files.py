@@ -1,7 +1,8 @@
 """Stored files: found by id or by name, read, deleted, expired.
 
 A file is an immutable version of a name. Its blob is published before its row is committed and
-discarded after its row is gone, so that a row always has its bytes.
+discarded after its row is gone, so that a row always has its bytes. An archive's blob is a
+manifest, and its bytes are made while it is read (zips.py).
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import mimetypes
 import os
 import time
 import unicodedata
+from collections.abc import Mapping
 
 from errors import SluiceError
+from jobs.zips import ZIP, Zips
 from storage import Blobs, File, Page, Reader, State
 
 _MAX_NAME_BYTES = 255
@@ -60,6 +63,7 @@ class Files:
     def __init__(self, state: State, blobs: Blobs) -> None:
         self._state = state
         self._blobs = blobs
+        self._zips = Zips(blobs)
 
     async def get(self, file_id: str, owner: str) -> File:
         """A file by its id. Raises file-unknown."""
@@ -85,7 +89,13 @@ class Files:
 
     async def reader(self, file: File) -> Reader:
         """Open a file; it is readable to its end even if it is deleted meanwhile."""
+        if file.layout == ZIP:
+            return await self._zips.reader(file)
         return await self._blobs.reader(file.id, file.name)
+
+    async def keep_digests(self, digests: Mapping[str, Mapping[str, str]]) -> None:
+        """Keep digests (hex, by algorithm) with files, by their ids; unknown ids are fine."""
+        await self._state.add_digests(digests)
 
     async def delete(self, file_id: str, owner: str) -> None:
         """Remove a file. Raises file-unknown."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import unicodedata
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
@@ -75,6 +75,24 @@ class Glance(NamedTuple):
     transfer: dict[str, Any] | None
 
 
+class Grown(NamedTuple):
+    """A file that a job makes, as far as it has come.
+
+    The first ``bytes`` of the blob are there and will never be others, whatever happens to the
+    job: they survive a crash. ``length_bytes`` is that of the whole, if it is known by now. Under
+    the id ``blob`` there are never other bytes: a process that begins anew makes another one.
+    """
+
+    blob: str
+    name: str
+    media_type: str
+    bytes: int
+    length_bytes: int | None
+
+
+News = Callable[[Job | None], None]
+
+
 class Driver(Protocol):
     """What moves the jobs of some kinds."""
 
@@ -108,6 +126,14 @@ class Driver(Protocol):
 
     def glance(self, job: Job, finished: bool = False) -> Glance:
         """Live progress and transfer details, if the job is live here."""
+        ...
+
+    def grown(self, job: Job, name: str | None) -> Grown | None:
+        """A file that the job makes or has made, by its name or id; None: the first one.
+
+        None if there is no such file so far. Raises content-unknown if there will be none. Waits
+        for nothing, and is cheap enough to be called after each commit.
+        """
         ...
 
     def changed(self) -> Iterable[tuple[str, Progress]]:
@@ -147,6 +173,7 @@ class Manager:
         self._alarms: dict[str, asyncio.TimerHandle] = {}
         self._rollbacks: dict[str, asyncio.Task[None]] = {}
         self._waiters: dict[str, list[asyncio.Future[None]]] = {}
+        self._news: dict[str, set[News]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._claiming: asyncio.Task[None] | None = None
         self._claim_again = False
@@ -381,6 +408,31 @@ class Manager:
             row["waiting"]["position"] = await self._state.ahead(job) + 1
         return row
 
+    def grown(self, job: Job, name: str | None) -> Grown | None:
+        """A file that the job makes, as far as it has come (see Driver).
+
+        Raises content-gone for a job that has ended without success or will do so, and
+        content-unknown.
+        """
+        if job.state != states.SUCCEEDED and (job.want == "cancel" or job.state in states.FINAL):
+            ended = job.state if job.state in states.FINAL else "being cancelled"
+            raise SluiceError("content-gone", f"The job is {ended}.", job=job.id, state=job.state)
+        return self._driver(job).grown(job, name)
+
+    def listen(self, job_id: str, news: News) -> None:
+        """Call ``news`` with each row of the job that is committed, and with None when it grew.
+
+        It is called before anything else runs, and must be short.
+        """
+        self._news.setdefault(job_id, set()).add(news)
+
+    def unlisten(self, job_id: str, news: News) -> None:
+        """End what ``listen`` began."""
+        listeners = self._news[job_id]
+        listeners.discard(news)
+        if not listeners:
+            del self._news[job_id]
+
     def unit(self, kind: str) -> str:
         """What ``done`` counts for a kind."""
         known = self.kinds.get(kind)
@@ -466,6 +518,11 @@ class Manager:
         except TimeoutError:
             return False
         return True
+
+    def grew(self, job_id: str) -> None:
+        """More of a file that the job makes was committed, so that ``grown`` tells it."""
+        for news in self._news.get(job_id, ()):
+            news(None)
 
     async def settled(self, job_id: str) -> None:
         """Return when no rollback of the job is under way."""
@@ -652,6 +709,8 @@ class Manager:
             self._active.pop(job.id, None)
         else:
             self._active[job.id] = job
+        for news in self._news.get(job.id, ()):
+            news(job)
         if job.state in states.FINAL:
             for waiter in self._waiters.pop(job.id, ()):
                 if not waiter.done():

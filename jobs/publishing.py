@@ -198,6 +198,8 @@ class Publishing:
             durable_bytes=upload.durable,
             progress=upload.meter.progress(),
         )
+        upload.saved = max(upload.saved, upload.stored)
+        self._manager.grew(upload.job.id)
 
 
 async def hashed(digester: Digester, upto: int, upload: Upload) -> None:

@@ -24,11 +24,12 @@ from typing import Any
 import msgspec
 
 from errors import SluiceError
-from jobs.files import Files, media_type_of, now_ms, uuid7
+from jobs.files import Files, clean_name, media_type_of, now_ms, uuid7
 from jobs.kinds import JobCancelled, JobPaused, Kind
-from jobs.manager import Glance, Manager
+from jobs.manager import Glance, Grown, Manager
 from jobs.progress import Meter
 from jobs.states import FINAL, RUNNING, SUCCEEDED, Input
+from jobs.zips import MEDIA_TYPE, PLAIN, ZIP, Layout, Names, ZipDraft, load
 from storage import (
     Artifact,
     Blobs,
@@ -107,12 +108,24 @@ class _Files:
 class _Artifact:
     """A file in the making; its length at the last checkpoint is what a resume cuts it to."""
 
-    def __init__(self, blob: str, name: str, media_type: str, writer: Writer, offset: int) -> None:
+    def __init__(
+        self,
+        blob: str,
+        name: str,
+        media_type: str,
+        expires_s: float | None,
+        layout: str,
+        writer: Writer,
+        offset: int,
+    ) -> None:
         self.blob = blob
         self.name = name
         self.media_type = media_type
+        self.expires_s = expires_s
+        self.layout = layout
         self.writer = writer
         self.offset = offset
+        self.zip: ZipDraft | None = None  # once it was opened as that
 
     async def write(self, data: bytes | memoryview) -> int:
         self.offset = await self.writer.write(memoryview(data))
@@ -129,6 +142,7 @@ class _Tables:
     async def write(self, table: str, rows: Sequence[Mapping[str, object]], cursor: Any) -> None:
         mark = await self._process.mark(cursor)
         await self._tables.write(self._process.job_id, table, rows, mark)
+        self._process.sure(mark, by_table=True)
 
 
 class Process:
@@ -152,6 +166,8 @@ class Process:
         self.cursor: Any = self._mark.get("cursor")
         self._artifacts: dict[str, _Artifact] = {}
         self._offsets: dict[str, int] = {}  # of the artefacts, at the last cursor
+        self._sure: dict[str, Any] = _artifacts(kind, job)  # what a resume finds, whatever happens
+        self._by_table = False  # a cursor that came with rows wins over those that are saved here
         self._journal = list(job.undo)
         self._lines: list[str] = []
         self._dropped = 0
@@ -204,17 +220,42 @@ class Process:
         else:
             self._dropped += 1
 
-    async def artifact(self, name: str, media_type: str = "application/octet-stream") -> _Artifact:
+    async def artifact(
+        self,
+        name: str,
+        media_type: str = "application/octet-stream",
+        *,
+        expires_s: float | None = None,
+        layout: str = PLAIN,
+    ) -> _Artifact:
         if name in self._artifacts:
             return self._artifacts[name]
         known = self._mark.get("artifacts", {}).get(name)
         blob, offset = (known["blob"], known["bytes"]) if known else (uuid7(), 0)
         writer = await self._runners.blobs.writer(blob, self.fence, offset=offset)
-        made = _Artifact(blob, name, media_type or media_type_of(name), writer, offset)
+        media_type = media_type or media_type_of(name)
+        made = _Artifact(blob, name, media_type, expires_s, layout, writer, offset)
         self._artifacts[name] = made
         self._offsets[name] = offset
         await self._save_cursor()  # so that the blob is known before it has bytes
         return made
+
+    async def zip(self, name: str, *, expires_s: float | None = None) -> ZipDraft:
+        blobs, files = self._runners.blobs, self._runners.files
+        name = clean_name(name, "params.name")
+        made = await self.artifact(name, MEDIA_TYPE, expires_s=expires_s, layout=ZIP)
+        if made.zip is None:
+            layout, names = Layout(), Names()
+            if made.offset:
+                manifest = await blobs.reader(made.blob, None)
+                try:
+                    layout = await load(manifest, names)
+                finally:
+                    await manifest.close()
+            made.zip = ZipDraft(
+                layout, names, blobs, made.blob, self.files.find, made.write, files.keep_digests
+            )
+        return made.zip
 
     # For the driver
 
@@ -236,9 +277,31 @@ class Process:
         self._set_cursor(cursor)
         return await self._make_mark()
 
+    def sure(self, mark: dict[str, Any], *, by_table: bool = False) -> None:
+        """A mark was committed, so no resume cuts the artefacts shorter than it says."""
+        if by_table or not self._by_table:
+            self._by_table |= by_table
+            self._sure = mark["artifacts"]
+            self._runners.manager.grew(self.job_id)
+
+    def grown(self) -> dict[str, Any]:
+        """The artefacts, with as many bytes as will never be others.
+
+        A process that would begin anew makes other blobs, so all that is written counts.
+        """
+        if self._kind.resumable:
+            return self._sure
+        return {
+            name: self._sure[name] | {"bytes": artifact.offset}
+            for name, artifact in self._artifacts.items()
+            if name in self._sure
+        }
+
     async def save(self) -> None:
         """Store cursor, progress and log lines, if they have changed."""
         await self._flush_log()
+        if not self._kind.resumable:
+            self._runners.manager.grew(self.job_id)
         if self._dirty and not (self.parked or self.over):
             await self._save_cursor()
 
@@ -313,6 +376,7 @@ class Process:
         await self._runners.state.save(
             self.job_id, self.fence, cursor=mark, progress=self.meter.progress()
         )
+        self.sure(mark)
 
     async def _make_mark(self) -> dict[str, Any]:
         """The cursor and the artefacts' lengths at it; also of those not opened again so far."""
@@ -321,6 +385,8 @@ class Process:
                 "blob": artifact.blob,
                 "bytes": self._offsets.get(name, 0),
                 "media_type": artifact.media_type,
+                "expires_s": artifact.expires_s,
+                "layout": artifact.layout,
             }
             for name, artifact in self._artifacts.items()
         }
@@ -402,6 +468,7 @@ class Process:
                 unknown = {name: artifact | {"bytes": 0} for name, artifact in known.items()}
                 self._mark = mark | {"artifacts": unknown | mark["artifacts"]}
                 self.cursor = mark["cursor"]
+                self.sure(self._mark, by_table=True)
         if not self._kind.resumable:
             for artifact in self._mark.get("artifacts", {}).values():
                 await self._runners.blobs.discard(artifact["blob"])
@@ -412,11 +479,19 @@ class Process:
     async def _finish(self, data: dict[str, Any]) -> None:
         files, artifacts = [], []
         for name, known in self._mark.get("artifacts", {}).items():
-            await self.artifact(name, known["media_type"])
+            expires_s = known.get("expires_s")
+            if known.get("layout") == ZIP:
+                await self.zip(name, expires_s=expires_s)
+            else:
+                await self.artifact(name, known["media_type"], expires_s=expires_s)
         for artifact in self._artifacts.values():
+            zip_bytes = await artifact.zip.finish() if artifact.zip is not None else None
             await artifact.writer.sync()
             await artifact.writer.close()
             size = await self._runners.blobs.publish(artifact.blob, artifact.name)
+            size = size if zip_bytes is None else zip_bytes
+            published = now_ms()
+            lasts_s = artifact.expires_s
             files.append(
                 File(
                     id=artifact.blob,
@@ -425,7 +500,9 @@ class Process:
                     media_type=artifact.media_type,
                     owner=self.owner,
                     job=self.job_id,
-                    created_at=now_ms(),
+                    created_at=published,
+                    expires_at=None if lasts_s is None else published + round(lasts_s * 1000),
+                    layout=artifact.layout,
                 )
             )
             artifacts.append(
@@ -441,7 +518,7 @@ class Process:
             Input.FINISH,
             fence=self.fence,
             files=files,
-            result=Result(data=data),
+            result=Result(file=files[0].id if len(files) == 1 else None, data=data),
             artifacts=tuple(artifacts),
         )
         if done is not None and done.state == SUCCEEDED:
@@ -600,6 +677,26 @@ class Runners:
         meter = process.meter
         return Glance(meter.finished() if finished else meter.progress(), None)
 
+    def grown(self, job: Job, name: str | None) -> Grown | None:
+        """See Driver."""
+        if job.state in FINAL:
+            for made in job.artifacts:
+                if name in (None, made.name, made.file):
+                    return Grown(made.file, made.name, made.media_type, made.bytes, made.bytes)
+            raise SluiceError(
+                "content-unknown", "The job has made no file of that name.", job=job.id
+            )
+        process = self._live.get(job.id)
+        kind = self.manager.kinds.get(job.kind)
+        known = process.grown() if process is not None else _artifacts(kind, job)
+        for found, artifact in known.items():
+            if name in (None, found, artifact["blob"]):
+                if artifact.get("layout", PLAIN) != PLAIN:  # its blob holds something else
+                    return None
+                size = artifact["bytes"]
+                return Grown(artifact["blob"], found, artifact["media_type"], size, None)
+        return None
+
     def changed(self) -> Iterable[tuple[str, Progress]]:
         """See Driver."""
         for job_id, process in self._live.items():
@@ -642,6 +739,14 @@ def _done(future: asyncio.Future[None]) -> None:
 def _blobs(job: Job) -> list[str]:
     artifacts = (job.cursor or {}).get("artifacts", {})
     return [artifact["blob"] for artifact in artifacts.values()]
+
+
+def _artifacts(kind: Kind | None, job: Job) -> dict[str, Any]:
+    """The artefacts in a job's row; none where the row's cursor is not the one that counts."""
+    if kind is None or not kind.resumable or "tables" in kind.needs:
+        return {}
+    known: dict[str, Any] = (job.cursor or {}).get("artifacts", {})
+    return known
 
 
 async def _undo(kind: Kind | None, entry: Undo) -> bool:

@@ -24,9 +24,9 @@ from typing import NamedTuple, Protocol
 import msgspec
 
 from errors import SluiceError
-from jobs.files import now_ms, uuid7
+from jobs.files import media_type_of, now_ms, uuid7
 from jobs.flow import Peer
-from jobs.manager import Glance, Manager
+from jobs.manager import Glance, Grown, Manager
 from jobs.publishing import Publishing, hashed, terminated
 from jobs.rows import rfc3339
 from jobs.space import Bounds, Space
@@ -598,6 +598,43 @@ class Uploads:
             },
         )
 
+    def grown(self, job: Job, name: str | None) -> Grown | None:
+        """See Driver. What is committed counts: after a crash the sender goes on behind it.
+
+        A part of a later whole is no file; what is made of parts has no bytes before it is joined.
+        """
+        unknown = SluiceError(
+            "content-unknown", "The upload makes no file of that name.", job=job.id
+        )
+        if job.state in FINAL:
+            made = job.result.data.get("files", ()) if job.result is not None else ()
+            for file in made:
+                if name in (None, file["name"], file["id"]):
+                    size = file["bytes"]
+                    return Grown(file["id"], file["name"], file["media_type"], size, size)
+            raise unknown
+        upload = self._live.get(job.id)
+        plan = upload.plan if upload is not None else plan_of(job)
+        if plan.partial:
+            raise unknown
+        if plan.parts and not plan.complete:
+            return None
+        left = upload.saved if upload is not None else job.stored_bytes
+        length = job.transfer.length_bytes if job.transfer is not None else None
+        for blob in plan.blobs:
+            last = blob is plan.blobs[-1]
+            if name in (None, blob.name, blob.id):
+                known = length if len(plan.blobs) == 1 else None
+                if not last or plan.complete:
+                    known = blob.bytes
+                there = left if last else min(left, blob.bytes)
+                media_type = plan.media_type or media_type_of(blob.name)
+                return Grown(blob.id, blob.name, media_type, max(0, there), known)
+            left -= blob.bytes
+        if self._resumable(job):  # a form may have another file
+            raise unknown
+        return None
+
     def changed(self) -> Iterable[tuple[str, Progress]]:
         """See Driver."""
         for job_id, upload in self._live.items():
@@ -787,6 +824,7 @@ class Uploads:
         )
         upload.saved = max(upload.saved, stored)
         upload.durable_saved = max(upload.durable_saved, forced or 0)
+        self._manager.grew(upload.job.id)
 
     def _watch(self, upload: Upload) -> None:
         """Notice a sender that sends nothing, and one that sends again."""

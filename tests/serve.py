@@ -48,6 +48,7 @@ POINTS: dict[str, Point] = {
     "written": (LocalWriter, "write", "after", _always),
     "synced": (LocalWriter, "sync", "after", _always),  # between fdatasync and commit
     "saved": (SqliteState, "save", "after", _always),  # committed, not acknowledged
+    "linked": (LocalBlobs, "link", "after", _always),  # a member that no cursor knows
     "published": (LocalBlobs, "publish", "after", _always),  # renamed, not committed
     "ending": (SqliteState, "commit", "before", _succeeds),
     "ended": (SqliteState, "commit", "after", _succeeds),  # committed, not answered

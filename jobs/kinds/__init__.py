@@ -23,7 +23,8 @@ that is where the job pauses, is cancelled and gives the loop to others. What it
 ``result.data``. An exception fails the job; ``JobPaused`` and ``JobCancelled`` are not
 ``Exception``s, so that ``except Exception`` lets them through.
 
-A kind imports this module, ``errors`` and libraries, nothing else of the project.
+A kind imports this module, ``errors``, libraries, and modules of this package whose names begin
+with an underscore: those are no kinds but what kinds are made of. Nothing else of the project.
 """
 
 from __future__ import annotations
@@ -83,6 +84,11 @@ class FileInfo(Protocol):
         """Its size."""
         ...
 
+    @property
+    def media_type(self) -> str:
+        """What it was said to be when it was stored."""
+        ...
+
 
 class FileAccess(Protocol):
     """The stored files of the job's owner."""
@@ -106,6 +112,59 @@ class ArtifactWriter(Protocol):
 
     async def write(self, data: bytes | memoryview) -> int:
         """Append; the new offset."""
+        ...
+
+
+class ZipMember(Protocol):
+    """One file of an archive."""
+
+    @property
+    def name(self) -> str:
+        """Its name in the zip."""
+        ...
+
+    @property
+    def bytes(self) -> int:
+        """Its size."""
+        ...
+
+    @property
+    def crc32(self) -> int | None:
+        """Its CRC-32, or None as long as that is not known."""
+        ...
+
+
+class ZipWriter(Protocol):
+    """A zip of stored files, without a copy: its bytes are made of theirs when it is read.
+
+    Members and their CRC-32s are saved with the cursor, like the length of an artefact. It becomes
+    a file when ``run`` returns, if each member's CRC-32 is known then.
+    """
+
+    @property
+    def members(self) -> Sequence[ZipMember]:
+        """What was added so far, also before a resume, in order."""
+        ...
+
+    @property
+    def size_bytes(self) -> int:
+        """The length of the zip of these members."""
+        ...
+
+    async def add(self, name: str) -> None:
+        """Add the newest version of a name, or the file of that id.
+
+        Its bytes stay as long as the archive does, also when the file is deleted. Its name is made
+        safe to unpack, and unique. Raises file-unknown, invalid-field for another archive.
+        """
+        ...
+
+    async def reader(self, number: int) -> FileReader:
+        """Read a member (from 0), also one whose file was deleted meanwhile."""
+        ...
+
+    async def set_crc32(self, number: int, crc32: int) -> None:
+        """Set a member's CRC-32; it is kept with the file, too, for the next archive."""
         ...
 
 
@@ -165,9 +224,20 @@ class Context(Protocol):
         ...
 
     async def artifact(
-        self, name: str, media_type: str = "application/octet-stream"
+        self,
+        name: str,
+        media_type: str = "application/octet-stream",
+        *,
+        expires_s: float | None = None,
     ) -> ArtifactWriter:
-        """Open, or open again after a resume, a file that becomes the job's when it succeeds."""
+        """Open, or open again after a resume, a file that becomes the job's when it succeeds.
+
+        It is removed ``expires_s`` after that. A job's only artefact is its ``result.file``.
+        """
+        ...
+
+    async def zip(self, name: str, *, expires_s: float | None = None) -> ZipWriter:
+        """Open, or open again after a resume, an artefact that is a zip of stored files."""
         ...
 
 
@@ -242,7 +312,8 @@ class Registry:
     def load(cls) -> Registry:
         """The kinds of this package."""
         found = pkgutil.iter_modules(__path__)
-        modules = [importlib.import_module(f"{__name__}.{module.name}") for module in found]
+        names = [module.name for module in found if not module.name.startswith("_")]
+        modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
         return cls([kind_of(module) for module in modules])
 
     def names(self) -> list[str]:
@@ -260,7 +331,7 @@ class Registry:
             return set()
         info = msgspec.inspect.type_info(kind.params)
         assert isinstance(info, msgspec.inspect.StructType)
-        return {f.name for f in info.fields if isinstance(_bare(f.type), msgspec.inspect.ListType)}
+        return {f.name for f in info.fields if _is_list(f.type)}
 
     def describe(self) -> list[dict[str, Any]]:
         """All kinds as ``GET /v1/kinds`` shows them."""
@@ -290,6 +361,16 @@ class Registry:
 def _bare(kind: msgspec.inspect.Type) -> msgspec.inspect.Type:
     """A type without its description."""
     return kind.type if isinstance(kind, msgspec.inspect.Metadata) else kind
+
+
+def _is_list(kind: msgspec.inspect.Type) -> bool:
+    """Whether a parameter is a list, or may be left out; one that may be a text is none."""
+    bare = _bare(kind)
+    if isinstance(bare, msgspec.inspect.UnionType):
+        types = [_bare(one) for one in bare.types]
+        texts = [one for one in types if isinstance(one, msgspec.inspect.StrType)]
+        return not texts and any(map(_is_list, types))
+    return isinstance(bare, msgspec.inspect.ListType)
 
 
 _AT = re.compile(r" - at `(?:key` in `)?\$\.?([^`]*)`$")

@@ -45,12 +45,13 @@ SHOWN = (
     "Upload-Concat, Upload-Complete, Upload-Limit, Upload-Draft-Interop-Version, Tus-Version, "
     "Tus-Resumable, Tus-Max-Size, Tus-Extension, Tus-Checksum-Algorithm, Content-Range, "
     "Content-Disposition, Accept-Ranges, ETag, Repr-Digest, Digest, Retry-After, X-Request-Id, "
-    "Preference-Applied"
+    "Preference-Applied, Sluice-Job"
 )
 SENDABLE = (
     "Authorization, Content-Type, Content-Disposition, Content-Digest, Repr-Digest, "
-    "Want-Repr-Digest, Want-Content-Digest, Idempotency-Key, If-Match, If-None-Match, If-Range, "
-    "Range, Origin, Prefer, X-Client-Id, X-Request-Id, X-Requested-With, X-HTTP-Method-Override, "
+    "Want-Repr-Digest, Want-Content-Digest, Idempotency-Key, If-Match, If-None-Match, "
+    "If-Modified-Since, If-Unmodified-Since, If-Range, Range, Origin, Prefer, X-Client-Id, "
+    "X-Request-Id, X-Requested-With, X-HTTP-Method-Override, "
     "Tus-Resumable, Upload-Length, Upload-Offset, Upload-Defer-Length, Upload-Metadata, "
     "Upload-Concat, Upload-Checksum, Upload-Complete, Upload-Incomplete, "
     "Upload-Draft-Interop-Version"

@@ -82,6 +82,11 @@ class MortalBlobs(LocalBlobs):
         self._check()
         return await super().publish(blob_id, name)
 
+    async def link(self, blob_id: str, source_id: str, source_name: str) -> None:
+        """See the contract."""
+        self._check()
+        await super().link(blob_id, source_id, source_name)
+
     async def unpublish(self, blob_id: str) -> bool:
         """See the contract."""
         self._check()
