@@ -19,6 +19,7 @@ from tests.browser.conftest import chromium, context, look
 from tests.conftest import missing, need
 from tests.harness import Server
 from tests.interop.clients import FLAVOURS, SIZE, VARIANTS, Client, Program, Uppy
+from tests.interop.fetchers import Clients
 from tests.interop.packages import Unavailable, installed
 from tests.interop.proxy import Proxy
 from tests.interop.rig import Rig, Source, all_uploads, make_source
@@ -160,3 +161,13 @@ def rig(
     client.kill()
     if server.process is not None:
         rig.clean()
+
+
+@pytest.fixture
+def clients(tmp_path: Path) -> Iterator[Clients]:
+    """Clients with an empty folder; the last one ends with the test."""
+    folder = tmp_path / "downloads"
+    folder.mkdir()
+    clients = Clients(folder)
+    yield clients
+    clients.kill()

@@ -135,8 +135,8 @@ class Proxy:
                 end.setblocking(False)
             await self._connect(server)
             async with asyncio.TaskGroup() as pumps:
-                pumps.create_task(self._pump(client, server, go))
-                pumps.create_task(self._pump(server, client, None))
+                pumps.create_task(self._up(client, server, go))
+                pumps.create_task(self._down(server, client, go))
         except* OSError:  # the one end broke, so the other one shall see it
             _reset_when_closed(both)
         except* asyncio.CancelledError:
@@ -154,17 +154,19 @@ class Proxy:
                     raise
             await asyncio.sleep(0.001)
 
-    async def _pump(
-        self, source: socket.socket, target: socket.socket, go: asyncio.Event | None
-    ) -> None:
-        """Pass bytes on until the source ends; ``go`` stands for the way to the server."""
-        while piece := await self._loop.sock_recv(source, _PIECE_BYTES):
-            if go is not None:
-                await go.wait()
-            await self._loop.sock_sendall(target, piece)
-            if go is not None:
-                self._count(len(piece))
-        target.shutdown(socket.SHUT_WR)
+    async def _up(self, client: socket.socket, server: socket.socket, go: asyncio.Event) -> None:
+        """Pass on what a client sends, until it ends; it is held for as long as ``go`` is."""
+        while piece := await self._loop.sock_recv(client, _PIECE_BYTES):
+            await go.wait()
+            await self._loop.sock_sendall(server, piece)
+            self._count(len(piece))
+        server.shutdown(socket.SHUT_WR)
+
+    async def _down(self, server: socket.socket, client: socket.socket, go: asyncio.Event) -> None:
+        """Pass on what the server answers, until it ends."""
+        while piece := await self._loop.sock_recv(server, _PIECE_BYTES):
+            await self._loop.sock_sendall(client, piece)
+        client.shutdown(socket.SHUT_WR)
 
     def _count(self, n: int) -> None:
         self.sent += n
