@@ -5,7 +5,8 @@
 SHELL := /bin/sh
 VENV := .venv
 PY := $(VENV)/bin/python
-PYTEST := $(PY) -m pytest -q -n 2 --dist loadfile
+# More workers than cores: most tests wait, for a child process or a clock. Full sizes need the cores.
+PYTEST := $(PY) -m pytest -q --dist loadfile
 PIP := $(PY) -m pip install --quiet --no-cache-dir
 PYTHONS := $(PYTHON) python3.13 python3.12 python3.11 python3
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -26,11 +27,11 @@ run: setup ## start the service; options: make run ARGS="--port 9000"
 
 test: setup-dev ## run the tests with small sizes; a part of them: make test ARGS="-k config"
 	@mkdir -p test-output
-	SCALE=small PYTEST_DEBUG_TEMPROOT=test-output $(PYTEST) $(ARGS)
+	SCALE=small PYTEST_DEBUG_TEMPROOT=test-output $(PYTEST) -n 4 $(ARGS)
 
 test-full: setup-dev ## run the tests with full sizes
 	@mkdir -p test-output
-	SCALE=full PYTEST_DEBUG_TEMPROOT=test-output $(PYTEST) $(ARGS)
+	SCALE=full PYTEST_DEBUG_TEMPROOT=test-output $(PYTEST) -n 2 $(ARGS)
 
 lint: setup-dev ## check style and format
 	$(PY) -m ruff check .

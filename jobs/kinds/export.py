@@ -220,13 +220,14 @@ class _Export:
         return sum(s.bytes for s in self._sources[:source] if self._passes(s) == 2)
 
     async def _mark(self, phase: str, done: int) -> None:
-        at = self._at
-        message = f"{at.read:,} rows read"
-        if at.reading:
-            message += f", {at.written:,} written"
+        cursor = msgspec.structs.asdict(self._at)
         await self._ctx.checkpoint(
-            msgspec.structs.asdict(at), done=done, total=self._total, phase=phase, message=message
+            cursor, done=done, total=self._total, phase=phase, message=self._message()
         )
+
+    def _message(self) -> str:
+        written = f", {self._at.written:,} written" if self._at.reading else ""
+        return f"{self._at.read:,} rows read{written}"
 
     async def look(self) -> None:
         """The first pass: which columns there are."""
@@ -318,6 +319,7 @@ class _Export:
         if at.unseen:
             self._refuse_unknown(at.unseen, at.read)
         await out.close()
+        await self._ctx.checkpoint(message=self._message())
         return {
             "rows_read": at.read,
             "rows_written": at.written,
@@ -356,7 +358,7 @@ class _Export:
                     at.gzip = out.state
                     await self._mark("exporting", start + end)
                 else:
-                    await self._ctx.checkpoint(done=start + end)
+                    await self._ctx.checkpoint(done=start + end, message=self._message())
                 begin = end
 
     def _batch_rows(self, columns: list[str]) -> int:

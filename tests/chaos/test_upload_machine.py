@@ -167,7 +167,13 @@ class UploadMachine(RuleBasedStateMachine):
             n = min(n, 100_000)  # nobody reads: only what the kernel takes can be sent
         sender.send(n)
         self.sent = offset + n
+        # Else the next request may come first, and then nobody ousts this one.
+        eventually(self.is_connected, "the request has come")
         return sender
+
+    def is_connected(self) -> bool:
+        """Whether a request writes the upload, or waits to."""
+        return bool(self.server.job(self.id)["transfer"]["connected"])
 
     @precondition(lambda self: self.senders)
     @rule()
