@@ -290,6 +290,16 @@ def source_file(path: Path, n: int) -> Path:
     return path
 
 
+def file_of_both(folder: Path, ours: Sluice, nginx: Nginx) -> str:
+    """Store a file of SIZE here and show the very same one by nginx, as ``/big``; its id here."""
+    source = source_file(folder / "source", SIZE)
+    curl("-T", str(source), f"{ours.url}/upload?file_name=big&file_size={SIZE}", "-X", "POST")
+    source.unlink()
+    file = ours.newest_file()
+    os.link(folder / "sluice" / "uploads" / file / "big", nginx.files / "big")
+    return file
+
+
 class Shot(NamedTuple):
     """One transfer as curl saw it."""
 

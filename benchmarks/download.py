@@ -6,7 +6,6 @@ Claims: ``GET /v1/files/{id}/content`` reaches at least 0.95 x nginx's throughpu
 
 from __future__ import annotations
 
-import os
 import sys
 
 from benchmarks.common import (
@@ -20,20 +19,16 @@ from benchmarks.common import (
     at_most,
     compare,
     curl,
+    file_of_both,
     main,
     place,
-    source_file,
 )
 
 
 def measure() -> Report:
     """Compare both, with the very same file."""
     with place() as folder, Sluice(folder) as ours, Nginx(folder) as nginx:
-        source = source_file(folder / "source", SIZE)
-        curl("-T", str(source), f"{ours.url}/upload?file_name=big&file_size={SIZE}", "-X", "POST")
-        source.unlink()
-        file = ours.newest_file()
-        os.link(folder / "sluice" / "uploads" / file / "big", nginx.files / "big")
+        file = file_of_both(folder, ours, nginx)
         figures = compare(
             [
                 Way("nginx sendfile", nginx.pid, lambda: curl(f"{nginx.url}/big")),

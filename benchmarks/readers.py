@@ -7,7 +7,6 @@ throws the bytes away in the kernel, so that the server is what is measured.
 
 from __future__ import annotations
 
-import os
 import select
 import socket
 import sys
@@ -24,10 +23,9 @@ from benchmarks.common import (
     Sluice,
     at_least,
     cpu_s,
-    curl,
+    file_of_both,
     main,
     place,
-    source_file,
 )
 
 READERS = 256
@@ -113,11 +111,7 @@ def measure() -> Report:
     total = n * READERS
     found: dict[str, list[Run]] = {"nginx sendfile": [], "Sluice": []}
     with place() as folder, Sluice(folder) as ours, Nginx(folder) as nginx:
-        source = source_file(folder / "source", SIZE)
-        curl("-T", str(source), f"{ours.url}/upload?file_name=big&file_size={SIZE}", "-X", "POST")
-        source.unlink()
-        file = ours.newest_file()
-        os.link(folder / "sluice" / "uploads" / file / "big", nginx.files / "big")
+        file = file_of_both(folder, ours, nginx)
         ways = [
             ("nginx sendfile", nginx.pid, nginx.port, "/big"),
             ("Sluice", ours.pid, ours.port, f"/v1/files/{file}/content"),
