@@ -13,7 +13,9 @@ const resolve = (schema, root) => {
   const choices = found.anyOf ?? found.oneOf;
   if (choices) {
     const real = choices.map((one) => resolve(one, root)).filter((one) => one.type !== "null");
-    if (real.length === 1) found = { ...real[0], ...found, anyOf: undefined, oneOf: undefined, optional: true };
+    // Of several that are possible, a text: "one, or a list of them" is one here.
+    const plain = real.length === 1 ? real[0] : real.find((one) => one.type === "string");
+    if (plain) found = { ...plain, ...found, anyOf: undefined, oneOf: undefined, optional: true };
   }
   return found;
 };
@@ -46,7 +48,7 @@ function control(id, name, schema, required, root) {
   }
   if (schema.type === "string") {
     const node = el("input", { ...common, type: "text", minlength: schema.minLength, maxlength: schema.maxLength,
-      pattern: schema.pattern, value: initial, list: name === "file" ? "stored-files" : null, autocomplete: "off" });
+      pattern: schema.pattern, value: initial, list: ["file", "source"].includes(name) ? "stored-files" : null, autocomplete: "off" });
     return { node, read: () => (node.value === "" && !required ? undefined : node.value) };
   }
   const items = schema.type === "array" ? resolve(schema.items ?? {}, root) : null;

@@ -41,7 +41,7 @@ class Params(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     name: Annotated[
         str,
         msgspec.Meta(
-            pattern=r"^(?!\.{1,2}$)[^/\\\x00-\x1f\x7f]+$",
+            pattern=r"^(?!\.{1,2}$)[^\/\\\x00-\x1f\x7f]+$",  # also for a browser's form
             max_length=_NAME_BYTES,
             description="the archive's file name",
         ),

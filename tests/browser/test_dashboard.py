@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.conftest import need
-from tests.harness import Server, eventually
+from tests.harness import Server, eventually, form
 
 if TYPE_CHECKING:
     from playwright.sync_api import BrowserContext, Locator, Page
@@ -304,6 +304,28 @@ def test_process_by_form_and_buttons(server: Server, page: Page) -> None:
     job = server.jobs()[0]
     assert job["by"]["via"] == "ws"
     assert job["by"]["actor"] in page.evaluate("document.cookie")
+
+
+def test_files_are_exported_and_archived_by_form(server: Server, page: Page) -> None:
+    """Both are started from the form, and their results are among the files."""
+    body, kind = form(("file", "rows.csv", b"a,b\r\n1,2\r\n3,4\r\n"))
+    assert server.post("/upload", body, Content_Type=kind).status == 200
+    page.goto(f"{server.url}/#processes")
+    page.get_by_label("Kind").select_option("export")
+    page.get_by_label("Source", exact=True).fill("rows.csv")
+    page.get_by_label("Where", exact=True).fill("a = 3")
+    page.get_by_label("Format", exact=True).select_option("jsonl")
+    page.get_by_role("button", name="Start").click()
+    expect(page.locator("li[data-job]").first).to_contain_text("Done")
+    page.goto(f"{server.url}/#processes")
+    page.get_by_label("Kind").select_option("archive")
+    page.get_by_role("textbox", name="Files").fill("rows.csv, rows.jsonl")
+    page.get_by_role("button", name="Start").click()
+    eventually(lambda: server.jobs("?kind=archive")[0]["state"] == "succeeded", "it is made")
+    content = server.get("/v1/files/by-name/rows.jsonl").headers["Location"]
+    assert server.get(content).body == b'{"a":"3","b":"4"}\n'
+    files = [file["name"] for file in server.get("/v1/files").json["items"]]
+    assert files == ["files.zip", "rows.jsonl", "rows.csv"]
 
 
 def test_form_shows_a_refusal_at_its_field(server: Server, page: Page) -> None:
