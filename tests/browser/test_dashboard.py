@@ -141,7 +141,7 @@ def test_upload_is_paused_and_resumed_by_button(
     """A paused upload stores nothing more; resumed, it ends at 100 % with the right digest."""
     page.goto(server.url)
     path = make("big.bin", 8 * MB)
-    sender = curl("--limit-rate", "4M", "-F", f"file=@{path}", f"{server.url}/upload")
+    sender = curl("--limit-rate", "2M", "-F", f"file=@{path}", f"{server.url}/upload")
     see_values(page, "big.bin", 2)
     page.get_by_role("button", name="Pause big.bin").click()
     expect(row(page, "big.bin")).to_contain_text("Paused")

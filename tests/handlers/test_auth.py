@@ -216,4 +216,5 @@ def test_a_label_grants_nothing(site: Server, caller: Caller, name: str) -> None
     job = caller.post("/shared/process/").json
     other = Caller(site, "someone-else")
     assert other.content(file_id) == b"data"
+    site.wait_for(job["id"], "running")
     assert other.post(f"/v1/jobs/{job['id']}/cancel").status == 202
