@@ -60,6 +60,12 @@ def wants_digest(value: str | None) -> bool:
     return any(type(weight) is int and weight > 0 for weight in weights)
 
 
+def wants_legacy_digest(value: str | None) -> bool:
+    """The same of a Want-Digest (RFC 3230 section 4.3.1), the only one that some clients send."""
+    wishes = [wish.replace(" ", "").lower() for wish in (value or "").split(",")]
+    return any(wish and not re.search(r";q=0(\.0*)?$", wish) for wish in wishes)
+
+
 def repr_digest(digest: Mapping[str, str]) -> str:
     """A file's digests as Repr-Digest; empty if there is none to be told."""
     known = {name: bytes.fromhex(digest[name]) for name in _DIGEST_BYTES if name in digest}

@@ -319,6 +319,7 @@ async def send_stored(
     handler.set_header("Last-Modified", _date(file))
     if decision.status == 304:
         return
+    file = await handler.services.files.digested(file, asked=_wants_digest(handler))
     _describe(handler, file, attachment=attachment)
     if decision.status == 206:
         body = _partial(handler, file, decision.spans)
@@ -393,6 +394,13 @@ def _describe(handler: BaseHandler, file: File, *, attachment: bool) -> None:
     if digest := fields.repr_digest(file.digest):
         handler.set_header("Repr-Digest", digest)
         handler.set_header("Digest", fields.legacy_digest(file.digest))
+
+
+def _wants_digest(handler: BaseHandler) -> bool:
+    headers = handler.request.headers
+    return fields.wants_digest(headers.get("Want-Repr-Digest")) or fields.wants_legacy_digest(
+        headers.get("Want-Digest")
+    )
 
 
 def _date(file: File) -> str:

@@ -7,17 +7,31 @@ manifest, and its bytes are made while it is read (zips.py).
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import mimetypes
 import os
 import time
 import unicodedata
 from collections.abc import Mapping
+from hashlib import sha256
+from zlib import crc32
+
+import msgspec
 
 from errors import SluiceError
-from jobs.zips import ZIP, Zips
+from jobs.zips import PLAIN, ZIP, Zips
 from storage import Blobs, File, Page, Reader, State
 
+log = logging.getLogger("sluice.files")
+
+DIGESTS = ("sha-256", "crc-32")  # that are computed where any is wanted: one pass, and one answer
+
 _MAX_NAME_BYTES = 255
+_TINY_BYTES = 256 << 10  # takes less time here than to tell another process
+_SMALL_BYTES = 16 << 20  # is hashed while its first reader waits: some hundredths of a second
+_ASKED_BYTES = 256 << 20  # so is this for who asks for a digest
+_MAX_HASHING = 4
 
 
 def now_ms() -> int:
@@ -64,6 +78,7 @@ class Files:
         self._state = state
         self._blobs = blobs
         self._zips = Zips(blobs)
+        self._hashing: dict[str, asyncio.Task[File]] = {}
 
     async def get(self, file_id: str, owner: str) -> File:
         """A file by its id. Raises file-unknown."""
@@ -92,6 +107,55 @@ class Files:
         if file.layout == ZIP:
             return await self._zips.reader(file)
         return await self._blobs.reader(file.id, file.name)
+
+    async def digested(self, file: File, *, asked: bool) -> File:
+        """The file with its digests, if they can be told soon.
+
+        What has none so far is hashed, once, if it is small or if somebody asks for it. The answer
+        waits for that up to 256 MiB; of a larger file the next one will have the digests.
+        """
+        if "sha-256" in file.digest or file.layout != PLAIN:
+            return file
+        if file.bytes > _SMALL_BYTES and not asked:
+            return file
+        task = self._hashing.get(file.id)
+        if task is None:
+            if len(self._hashing) >= _MAX_HASHING:
+                return file
+            task = asyncio.get_running_loop().create_task(self._hash(file))
+            self._hashing[file.id] = task
+            task.add_done_callback(lambda _: self._hashing.pop(file.id))
+        return await asyncio.shield(task) if file.bytes <= _ASKED_BYTES else file
+
+    async def _hash(self, file: File) -> File:
+        """Compute the digests and keep them; without them if that fails."""
+        try:
+            if file.bytes <= _TINY_BYTES:
+                found = await self._hash_here(file)
+            else:
+                found = await self._hash_there(file)
+            await self.keep_digests({file.id: found})
+        except SluiceError as error:
+            log.info("file %s could not be hashed: %s", file.id, error)
+            return file
+        return msgspec.structs.replace(file, digest=found | file.digest)
+
+    async def _hash_here(self, file: File) -> dict[str, str]:
+        reader = await self._blobs.reader(file.id, file.name)
+        try:
+            data = await reader.read(0, file.bytes)
+        finally:
+            await reader.close()
+        return {"sha-256": sha256(data).hexdigest(), "crc-32": f"{crc32(data):08x}"}
+
+    async def _hash_there(self, file: File) -> dict[str, str]:
+        """By the process that hashes."""
+        digester = await self._blobs.digester(file.id, DIGESTS, name=file.name)
+        try:
+            await digester.reach(file.bytes)
+            return await digester.result()
+        finally:
+            digester.close()
 
     async def keep_digests(self, digests: Mapping[str, Mapping[str, str]]) -> None:
         """Keep digests (hex, by algorithm) with files, by their ids; unknown ids are fine."""

@@ -14,13 +14,11 @@ import asyncio
 from typing import Any
 
 from errors import SluiceError
-from jobs.files import media_type_of, now_ms
+from jobs.files import DIGESTS, media_type_of, now_ms
 from jobs.manager import Manager
 from jobs.states import Input
 from jobs.upload import CHECKING, JOINING, PUBLISHING, WAITING, Plan, PlannedFile, Upload, plan_of
 from storage import Blobs, Digester, File, Job, Result, State
-
-ALWAYS = ("sha-256", "crc-32")
 
 _STRIDE_BYTES = 64 << 20  # hashed between two looks at what is wanted
 
@@ -45,7 +43,7 @@ class Publishing:
 
     async def _follower(self, blob_id: str, plan: Plan) -> Digester:
         """Who has hashed a blob while it grew; somebody new if a digest is expected since."""
-        wanted = frozenset((*ALWAYS, *plan.expect))
+        wanted = frozenset((*DIGESTS, *plan.expect))
         if blob_id in self._digesters:
             digester, made = self._digesters[blob_id]
             if wanted <= made:

@@ -748,6 +748,8 @@ def _refusal(error: BaseException) -> SluiceError:
         return SluiceError("disk-full", "The disk of the state is full; nothing was changed.")
     if name.startswith(("SQLITE_CANTOPEN", "SQLITE_READONLY", "SQLITE_IOERR")):
         return SluiceError("storage-missing", f"The state can't be written ({name}).")
+    if name.startswith(("SQLITE_NOTADB", "SQLITE_CORRUPT")):
+        return SluiceError("storage-failed", f"state.db is damaged, or no database ({name}).")
     refusal = SluiceError("internal")
     refusal.__cause__ = error
     return refusal

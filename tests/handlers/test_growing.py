@@ -158,7 +158,7 @@ def descriptors(server: Server) -> int:
 # Without follow
 
 
-def test_what_is_there_is_served(site: Server, tus: Tus) -> None:
+def test_case_62_what_is_there_is_served(site: Server, tus: Tus) -> None:
     """Without a range all that is stored comes, in chunks, with the ETag of the file to be."""
     path = half(tus, Upload_Metadata="filename " + encoded('n"ä.txt'))
     with reading(site, content(path)) as got:
@@ -195,7 +195,7 @@ def test_nothing_is_there(site: Server, tus: Tus) -> None:
         ("bytes=-200000", 100_000, 149_999),  # the length is known, so it is clear which they are
     ],
 )
-def test_a_range_of_what_is_there(
+def test_case_62_a_range_of_what_is_there(
     site: Server, tus: Tus, asked: str, first: int, last: int
 ) -> None:
     """A range is cut to what is there, and its answer has no length of the whole."""
@@ -232,7 +232,7 @@ def test_the_last_bytes_of_an_unknown_length(site: Server, tus: Tus) -> None:
     assert (answer.status, answer.body) == (200, b"hello")
 
 
-def test_a_range_has_a_416_only_at_the_end(site: Server, tus: Tus) -> None:
+def test_case_62_a_range_has_a_416_only_at_the_end(site: Server, tus: Tus) -> None:
     """The same request is not-yet while the upload grows, and 416 with the length after it."""
     path = half(tus)
     refused(site.get(content(path), Range="bytes=300000-"), 503, "not-yet")
@@ -242,7 +242,7 @@ def test_a_range_has_a_416_only_at_the_end(site: Server, tus: Tus) -> None:
     assert answer.headers["Content-Range"] == "bytes */300000"
 
 
-def test_ranges_of_another_generation(site: Server, tus: Tus) -> None:
+def test_case_62_ranges_of_another_generation(site: Server, tus: Tus) -> None:
     """If-Range sends everything to who began something else; If-Match refuses them."""
     path = half(tus, 20)
     etag = site.get(content(path)).headers["Etag"]
@@ -435,7 +435,7 @@ def test_bytes_that_are_taken_back_are_not_served(site: Server, tus: Tus) -> Non
 # With follow and a range
 
 
-def test_a_followed_range_waits_for_its_end(site: Server, tus: Tus) -> None:
+def test_case_62_a_followed_range_waits_for_its_end(site: Server, tus: Tus) -> None:
     """A range within the known length is promised and waited for; the upload goes on."""
     path = half(tus)
     with reading(site, content(path, "?follow=1"), Range="bytes=149990-150009") as got:
