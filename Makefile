@@ -27,7 +27,7 @@ run: setup ## start the service; options: make run ARGS="--port 9000"
 
 test: setup-dev ## run the tests with small sizes; a part of them: make test ARGS="-k config"
 	@mkdir -p test-output
-	SCALE=small PYTEST_DEBUG_TEMPROOT=test-output $(PYTEST) -n 3 $(ARGS)
+	SCALE=small PYTEST_DEBUG_TEMPROOT=test-output $(PYTEST) -n 4 $(ARGS)
 
 test-full: setup-dev ## run the tests with full sizes
 	@mkdir -p test-output

@@ -316,6 +316,7 @@ def test_files_are_exported_and_archived_by_form(server: Server, page: Page) -> 
     page.get_by_label("Where", exact=True).fill("a = 3")
     page.get_by_label("Format", exact=True).select_option("jsonl")
     page.get_by_role("button", name="Start").click()
+    expect(page.locator("li[data-job]")).to_have_count(2)  # the page has gone to the list
     expect(page.locator("li[data-job]").first).to_contain_text("Done")
     page.goto(f"{server.url}/#processes")
     page.get_by_label("Kind").select_option("archive")

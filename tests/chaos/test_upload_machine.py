@@ -244,7 +244,7 @@ class UploadMachine(RuleBasedStateMachine):
         assert self.ask("HEAD").status == 404
         eventually(lambda: not os.listdir(self.server.folder / "tmp"), "the bytes are freed")
         self.paused = False
-        self.held = None
+        self.drop_held()
         self.create()
 
     @rule()
