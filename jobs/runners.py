@@ -228,6 +228,7 @@ class Process:
         expires_s: float | None = None,
         layout: str = PLAIN,
     ) -> _Artifact:
+        name = clean_name(name, "name")  # it may come from a parameter, and becomes one on the disk
         if name in self._artifacts:
             return self._artifacts[name]
         known = self._mark.get("artifacts", {}).get(name)
@@ -242,7 +243,6 @@ class Process:
 
     async def zip(self, name: str, *, expires_s: float | None = None) -> ZipDraft:
         blobs, files = self._runners.blobs, self._runners.files
-        name = clean_name(name, "params.name")
         made = await self.artifact(name, MEDIA_TYPE, expires_s=expires_s, layout=ZIP)
         if made.zip is None:
             layout, names = Layout(), Names()

@@ -378,6 +378,21 @@ async def test_cancel_while_the_old_frame_still_unwinds(tmp_path: Path) -> None:
         assert world.manager.running == 0
 
 
+async def test_an_artefacts_name_is_a_name_and_no_path(tmp_path: Path) -> None:
+    """Whatever a kind calls its artefact, it stays in the folder of its own."""
+
+    async def run(ctx: Any, params: Any) -> None:
+        file = await ctx.artifact("../../../out.txt")
+        assert await ctx.artifact("out.txt") is file
+        await file.write(b"x")
+
+    async with World(tmp_path, a_kind("far", run)) as world:
+        job_id = await world.start("far")
+        job = await world.until(job_id, "succeeded")
+        assert [made.name for made in job.artifacts] == ["out.txt"]
+        assert list(world.published().values()) == [b"x"]
+
+
 async def test_kind_that_can_not_go_on_starts_over(tmp_path: Path) -> None:
     """RESUMABLE = False: after a cold pause there is no cursor, and the artefact begins anew."""
     begun: list[Any] = []
