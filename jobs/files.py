@@ -146,6 +146,8 @@ class Files:
             data = await reader.read(0, file.bytes)
         finally:
             await reader.close()
+        if len(data) < file.bytes:
+            raise SluiceError("storage-failed", "The file is shorter than it was.")
         return {"sha-256": sha256(data).hexdigest(), "crc-32": f"{crc32(data):08x}"}
 
     async def _hash_there(self, file: File) -> dict[str, str]:

@@ -15,7 +15,7 @@ import pytest
 from tests.conftest import Serve
 from tests.handlers.clients import Caller, Raw
 from tests.harness import Server, eventually
-from tests.interop.test_huge import store_sparse
+from tests.storage.sparse import store_sparse
 
 MIB = 1 << 20
 ARIA2 = {"Want-Digest": "SHA-512;q=1, SHA-256;q=1, SHA;q=0.1"}
@@ -108,6 +108,15 @@ def test_a_stop_does_not_wait_for_a_hash(serve: Serve, tmp_path: Path) -> None:
     assert server.stop(within_s=10) == 0
     server.start()
     assert told(server, file_id, "HEAD") is None
+
+
+def test_a_file_that_is_shorter_than_it_was_gets_no_digest(serve: Serve) -> None:
+    """A digest of other bytes than were stored is never kept."""
+    server = serve()
+    file_id = store(server, b"data")
+    os.truncate(server.folder / "uploads" / file_id / "x.bin", 3)
+    assert told(server, file_id, "HEAD") is None
+    assert server.get(f"/v1/files/{file_id}").json["digest"] == {}
 
 
 def test_a_file_whose_bytes_are_gone_tells_no_digest(serve: Serve) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import filecmp
-import hashlib
 import http.client
 import subprocess
 import threading
@@ -21,54 +20,17 @@ from typing import NamedTuple
 
 import pytest
 
-from jobs.files import uuid7
-from storage import open_blobs, open_state
 from tests.conftest import need
 from tests.harness import FULL, Server, eventually
 from tests.interop.fetchers import RESUME, Clients
 from tests.interop.tap import Tap
-from tests.storage.rows import a_file, a_job, its_event, moved
+from tests.storage.sparse import MARK_EVERY, mark, store_sparse, write_sparse
 
 MIB = 1 << 20
 HUGE = (10 << 10 if FULL else 256) * MIB
 TO_DISK = (1 << 10 if FULL else 64) * MIB
-MARK_EVERY = 16 * MIB
 GROWTH_KB = 4_000
 LATE_S = 0.1  # wide: the machine may do other things, too; a benchmark has the real figures
-
-
-def write_sparse(path: Path, size: int) -> None:
-    """Make a file of holes and marks."""
-    with path.open("wb") as file:
-        file.truncate(size)
-        for at in range(0, size, MARK_EVERY):
-            file.seek(at)
-            file.write(mark(at))
-
-
-def mark(at: int) -> bytes:
-    """The bytes that stand only there."""
-    return hashlib.sha256(str(at).encode()).digest()
-
-
-async def store_sparse(folder: Path, name: str, size: int) -> str:
-    """Store a sparse file in the data folder of a server that does not run; its path."""
-    blobs = open_blobs(f"file://{folder}", "interval")
-    state = open_state(f"sqlite://{folder}/state.db", "interval")
-    await blobs.open()
-    await state.open()
-    file_id = uuid7()
-    await (await blobs.writer(file_id, 1)).close()
-    write_sparse(folder / "tmp" / file_id, size)
-    assert await blobs.publish(file_id, name) == size
-    job = a_job(uuid7(), kind="upload", name=name, owner="local", state="running")
-    job, _ = await state.create(job, its_event(job))
-    after = moved(job, "succeeded")
-    file = a_file(file_id, name=name, bytes=size, owner="local", job=job.id)
-    await state.commit(after, its_event(after, job), was_version=job.version, files=[file])
-    await state.close()
-    await blobs.close()
-    return f"/v1/files/{file_id}/content"
 
 
 ZEROS = bytes(MIB)
