@@ -21,8 +21,6 @@ import struct
 import time
 from typing import NamedTuple
 
-from tornado.iostream import StreamClosedError
-
 from errors import SluiceError
 from handlers.base import BaseHandler
 from handlers.ranges import Shown, decide
@@ -139,10 +137,10 @@ class GrowingHandler(BaseHandler):
                 reader = await self.services.growing.reader(grown)
             self._tell(grown, answer, partial)
             begun = True
-            await self._flushed()
+            self._sender, gate = Sender(self), self.services.downloads
+            await self._sender.head(gate)
             if self.request.method == "HEAD":
                 return
-            self._sender = Sender(self.connection, self.services.settings.write_idle_s)
             at = answer.start
             while at < answer.end:
                 await follower.beyond(at)
@@ -151,8 +149,7 @@ class GrowingHandler(BaseHandler):
                     break  # it is whole, and shorter than was asked for
                 reader = reader or await self.services.growing.reader(grown)
                 source = reader if answer.sized else _Piped(reader)
-                gate = self.services.downloads
-                at += await self._sender.send(source, at, there, self._write, gate)
+                at += await self._sender.send(source, at, there, gate)
             if at < answer.end and answer.sized:
                 raise SluiceError("storage-failed", "The file is shorter than it was to be.")
             if self._ends_by_close(answer):
@@ -186,16 +183,6 @@ class GrowingHandler(BaseHandler):
 
     def _ends_by_close(self, answer: _Answer) -> bool:
         return not answer.sized and self.request.version == "HTTP/1.0"
-
-    async def _write(self, data: bytes) -> None:
-        self.write(data)
-        await self.flush()
-
-    async def _flushed(self) -> None:
-        try:
-            await self.flush()
-        except StreamClosedError:
-            raise ClientGone from None
 
     def _cut(self, answer: _Answer) -> None:
         """Close the connection so that the client knows that something is missing."""

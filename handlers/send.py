@@ -15,7 +15,7 @@ import re
 import secrets
 import select
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from contextlib import suppress
 from email.utils import formatdate
 from typing import NamedTuple, Protocol
@@ -124,12 +124,13 @@ writable = _Writable()
 
 
 class Sender:
-    """Sends bytes of a blob as the body of an answer whose headers were flushed."""
+    """Sends an answer's headers, then bytes of a blob as its body."""
 
-    def __init__(self, connection: HTTP1Connection, idle_s: float) -> None:
-        self._connection = connection
-        self._stream: IOStream = connection.stream
-        self._idle_s = idle_s
+    def __init__(self, handler: BaseHandler) -> None:
+        self._handler = handler
+        self._connection: HTTP1Connection = handler.connection
+        self._stream: IOStream = self._connection.stream
+        self._idle_s = handler.services.settings.write_idle_s
         self._error: SluiceError | None = None
         self._waiter: asyncio.Future[None] | None = None
         self.sendfile_used = False
@@ -144,22 +145,19 @@ class Sender:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    async def send(
-        self,
-        reader: Reader,
-        start: int,
-        end: int,
-        write: Callable[[bytes], Awaitable[None]],
-        gate: Gate,
-    ) -> int:
+    async def head(self, gate: Gate) -> None:
+        """Send the headers. Raises what ``send`` raises."""
+        await self._written(self._handler.flush(), gate)
+
+    async def send(self, reader: Reader, start: int, end: int, gate: Gate) -> int:
         """Send ``[start, end)``; the bytes that were handed to the kernel.
 
-        ``write`` is the plain path. Raises ClientGone, or what ``gate`` or ``interrupt`` brings.
+        Raises ClientGone, or what ``gate`` or ``interrupt`` brings.
         """
         fd = reader.fileno()
         plain = type(self._stream) is not IOStream or fd is None
         if plain or not hasattr(self._connection, _REMAINING):
-            return await self._send_plain(reader, start, end, write, gate)
+            return await self._send_plain(reader, start, end, gate)
         assert fd is not None
         return await self._sendfile(fd, start, end, gate)
 
@@ -202,41 +200,32 @@ class Sender:
             setattr(self._connection, _REMAINING, remaining - (at - start))
         return at - start
 
-    async def _send_plain(
-        self,
-        reader: Reader,
-        start: int,
-        end: int,
-        write: Callable[[bytes], Awaitable[None]],
-        gate: Gate,
-    ) -> int:
+    async def _send_plain(self, reader: Reader, start: int, end: int, gate: Gate) -> int:
         at = start
-        try:
-            while at < end:
-                await self._pass(gate)
-                data = await reader.read(at, _piece(end - at, _PLAIN_BYTES, gate))
-                if not data:
-                    raise SluiceError("storage-failed", "The file is shorter than it was.")
-                await self.written(write(data), gate)
-                at += len(data)
-                gate.moved(len(data))
-                await turns.next()
-        except StreamClosedError as error:
-            raise ClientGone from error
+        while at < end:
+            await self._pass(gate)
+            data = await reader.read(at, _piece(end - at, _PLAIN_BYTES, gate))
+            if not data:
+                raise SluiceError("storage-failed", "The file is shorter than it was.")
+            await self._written(self._write(data), gate)
+            at += len(data)
+            gate.moved(len(data))
+            await turns.next()
         return at - start
 
-    async def text(
-        self, text: bytes, write: Callable[[bytes], Awaitable[None]], gate: Gate
-    ) -> None:
+    async def text(self, text: bytes, gate: Gate) -> None:
         """Send bytes that are not of the blob. Raises what ``send`` raises."""
         await self._pass(gate)
-        try:
-            await self.written(write(text), gate)
-        except StreamClosedError as error:
-            raise ClientGone from error
+        await self._written(self._write(text), gate)
         gate.moved(len(text))
 
-    async def written(self, write: Awaitable[None], gate: Gate) -> None:
+    def _write(self, data: bytes) -> Awaitable[None]:
+        self._handler.write(data)
+        self._handler.flush()
+        # The future of flush hides that bytes were dropped; this one follows them and tells.
+        return self._stream.write(b"")
+
+    async def _written(self, write: Awaitable[None], gate: Gate) -> None:
         """Return when a write of Tornado's is done. Raises what ``send`` raises.
 
         If it does so, the stream is closed: part of what was written may have left.
@@ -257,6 +246,8 @@ class Sender:
                 elif writing not in done and self._error is not None:
                     raise self._error
             await writing
+        except StreamClosedError as error:
+            raise ClientGone from error
         finally:
             self._waiter = None
             if not writing.done():
@@ -315,9 +306,8 @@ async def send_stored(
     decision = decide(handler.request.headers, shown, get=get, now_s=time.time())
     handler.set_status(decision.status)
     handler.set_header("Cache-Control", "private, max-age=31536000, immutable")
-    handler.set_header("ETag", file.etag)
-    handler.set_header("Last-Modified", _date(file))
     if decision.status == 304:
+        _identify(handler, file)
         return
     file = await handler.services.files.digested(file, asked=_wants_digest(handler))
     _describe(handler, file, attachment=attachment)
@@ -387,8 +377,7 @@ def _describe(handler: BaseHandler, file: File, *, attachment: bool) -> None:
     """
     handler.set_header("Content-Type", file.media_type)
     handler.set_header("Accept-Ranges", "bytes")
-    handler.set_header("ETag", file.etag)
-    handler.set_header("Last-Modified", _date(file))
+    _identify(handler, file)
     inline = not attachment and file.media_type in _INLINE
     handler.set_header("Content-Disposition", disposition(file.name, not inline))
     if digest := fields.repr_digest(file.digest):
@@ -403,8 +392,9 @@ def _wants_digest(handler: BaseHandler) -> bool:
     )
 
 
-def _date(file: File) -> str:
-    return formatdate(file.created_at // 1000, usegmt=True)
+def _identify(handler: BaseHandler, file: File) -> None:
+    handler.set_header("ETag", file.etag)
+    handler.set_header("Last-Modified", formatdate(file.created_at // 1000, usegmt=True))
 
 
 def _partial(handler: BaseHandler, file: File, spans: list[Span]) -> _Body:
@@ -434,7 +424,7 @@ async def _send(handler: BaseHandler, reader: Reader, body: _Body, job: Job | No
     handler.set_header("Content-Length", str(body.length_bytes))
     if handler.request.method == "HEAD":
         return
-    sender = Sender(handler.connection, services.settings.write_idle_s)
+    sender = Sender(handler)
     sending = _Sending(handler, sender, job)
     try:
         if job is None:
@@ -450,7 +440,7 @@ async def _send(handler: BaseHandler, reader: Reader, body: _Body, job: Job | No
 
 
 class _Sending:
-    """One body on its way, with its plain path."""
+    """One answer on its way."""
 
     def __init__(self, handler: BaseHandler, sender: Sender, job: Job | None) -> None:
         self.begun = False
@@ -463,24 +453,15 @@ class _Sending:
         """Flush the headers, then send."""
         self.begun = True
         sender = self._sender
-        try:
-            await sender.written(self._handler.flush(), gate)
-        except StreamClosedError:
-            raise ClientGone from None
+        await sender.head(gate)
         for number, part in enumerate(body.parts):
             if number:
                 await turns.next()  # many small parts are work, too
             if part.text:
-                await sender.text(part.text, self._write, gate)
-            await sender.send(reader, part.start, part.end, self._write, gate)
+                await sender.text(part.text, gate)
+            await sender.send(reader, part.start, part.end, gate)
         if body.tail:
-            await sender.text(body.tail, self._write, gate)
-
-    def _write(self, data: bytes) -> Awaitable[None]:
-        self._handler.write(data)
-        self._handler.flush()
-        # The future of flush hides that bytes were dropped; this one follows them and tells.
-        return self._handler.connection.stream.write(b"")
+            await sender.text(body.tail, gate)
 
     def _closed(self) -> None:
         """The connection has ended, which our own epoll does not see."""

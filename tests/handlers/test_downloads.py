@@ -647,13 +647,13 @@ async def test_tls_a_reader_that_stalls_or_vanishes(
 async def test_tls_readers_take_turns(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the plain path one reader does not hold the loop until its file is out."""
     order: list[int] = []
-    written = send.Sender.written
+    written = send.Sender._written
 
     async def seen(self: send.Sender, *args: Any) -> None:
         order.append(id(self))
         await written(self, *args)
 
-    monkeypatch.setattr(send.Sender, "written", seen)
+    monkeypatch.setattr(send.Sender, "_written", seen)
     readers = [await connect() for _ in range(2)]
     data = os.urandom(1 << 20)
     path = content(await stored(readers[0], data))

@@ -66,8 +66,8 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
         begin_body(self, connection, length)
         found.bodies.append(self)
 
-    def sender(self: send.Sender, connection: HTTP1Connection, idle_s: float) -> None:
-        begin_sender(self, connection, idle_s)
+    def sender(self: send.Sender, handler: BaseHandler) -> None:
+        begin_sender(self, handler)
         found.senders.append(self)
 
     monkeypatch.setattr(wire.Body, "__init__", body)

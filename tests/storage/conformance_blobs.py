@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from errors import SluiceError
-from storage import Blobs, Bundle, open_blobs
+from storage import Blobs, Bundle, Reader, open_blobs
 
 MIB = 1 << 20
 
@@ -46,7 +46,11 @@ async def put(blobs: Blobs, blob_id: str, data: bytes) -> None:
 
 async def content(blobs: Blobs, blob_id: str, name: str | None = None) -> bytes:
     """All bytes of a blob."""
-    reader = await blobs.reader(blob_id, name)
+    return await whole(await blobs.reader(blob_id, name))
+
+
+async def whole(reader: Reader) -> bytes:
+    """All that a reader has, which is closed."""
     data = b""
     while piece := await reader.read(len(data), 1 << 30):
         data += piece
@@ -63,13 +67,7 @@ async def stored(blobs: Blobs, blob_id: str, data: bytes) -> None:
 
 async def member(bundle: Bundle, member_id: str) -> bytes:
     """All bytes of a member."""
-    reader = await bundle.reader(member_id)
-    data = b""
-    while piece := await reader.read(len(data), 1 << 30):
-        data += piece
-    assert reader.size_bytes == len(data)
-    await reader.close()
-    return data
+    return await whole(await bundle.reader(member_id))
 
 
 async def unbundled(blobs: Blobs, blob_id: str) -> None:
