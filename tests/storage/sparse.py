@@ -1,4 +1,4 @@
-"""Stored files of any size that cost no room: holes, and each 16 MiB bytes that stand only there."""
+"""Stored files of any size that cost no room: holes, and each 16 MiB bytes that are only there."""
 
 from __future__ import annotations
 
