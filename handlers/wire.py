@@ -171,7 +171,7 @@ class Body:
 
     ``length`` is None for a chunked body. ``gate``, if set, is awaited before bytes are asked for,
     so that a paused transfer stands there with empty hands. ``most_bytes``, if set, bounds the
-    piece that follows; not that of a chunked body, which Tornado cuts.
+    piece that follows (0: none may be read); not that of a chunked body, which Tornado cuts.
     """
 
     def __init__(self, connection: HTTP1Connection, length: int | None) -> None:
@@ -251,8 +251,7 @@ class Body:
         if not left:
             return None
         self.read_into_used = True
-        most = self.most_bytes() if self.most_bytes is not None else None
-        piece = left if most is None else min(left, most)
+        piece = self._piece(left)
         view = self._buffer(piece)
         future = self._stream.read_into(view, partial=True)  # type: ignore[arg-type]
         if not future.done():  # type: ignore[attr-defined]
@@ -275,7 +274,7 @@ class Body:
         except StreamClosedError:
             raise ClientGone from None
         if n == _SMALL_BYTES and self._big is None and self._plain:
-            n = await self._read_more(view, piece)
+            n = await self._read_more(view, left)
             view = view if self._big is None else memoryview(self._big)
         self.left = left - n
         self._fast = self._plain and (self._fast or n > _FAST_BYTES)
@@ -283,17 +282,25 @@ class Body:
             self._wake_at(1)  # the next request on this connection may be short
         return view[:n]
 
-    async def _read_more(self, beginning: memoryview, piece: int) -> int:
+    def _piece(self, left: int) -> int:
+        """How long the next piece may be; 0 while none may be read."""
+        most = self.most_bytes() if self.most_bytes is not None else None
+        return left if most is None else min(left, most)
+
+    async def _read_more(self, beginning: memoryview, left: int) -> int:
         """Put what else has come behind a beginning, in a big buffer; how much there is then.
 
-        A batch of which we were told by its first bytes so is one piece and not two.
+        A batch of which we were told by its first bytes so is one piece and not two. The beginning
+        may have been waited for since before a pause or a limit, which hold for the rest of it.
         """
-        limit = min(piece, turns.quantum)
         n = len(beginning)
-        if limit <= n or not _readable_bytes(self._stream):
+        if left <= n or not _readable_bytes(self._stream):
             return n
-        if not turns.may_move(limit):
+        if not turns.may_move(min(left, turns.quantum)):
             await turns.next()
+        limit = min(self._piece(left), turns.quantum)
+        if limit <= n:
+            return n
         self._big = turns.borrow()
         self._big[:n] = beginning
         rest = memoryview(self._big)[n:limit]

@@ -56,7 +56,12 @@ class Flow:
         )
 
     def next_bytes(self) -> int | None:
-        """How long the next piece may be so that the limit is kept smoothly; None: any length."""
+        """How long the next piece may be so that the limit is kept smoothly; None: any length.
+
+        0 while no piece may pass.
+        """
+        if not self.open:
+            return 0
         if self.limit_bytes_per_s is None:
             return None
         return min(max(self.limit_bytes_per_s // _PIECES_PER_S, _LEAST_BYTES), _MOST_BYTES)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -145,6 +147,46 @@ async def test_if_tornado_renames_its_counter_files_still_leave(
     answer = await http_client.fetch(f"{base_url}/v1/files/{file_id}/content")
     assert answer.body == data
     assert [sender.sendfile_used for sender in seen.senders] == [False]
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize(("wanted", "most_bytes"), [("pause", 4 << 10), ("limit", 32 << 10)])
+async def test_what_was_wanted_meanwhile_holds_for_the_first_bytes_after_it(
+    http_client: AsyncHTTPClient,
+    http_server: HTTPServer,
+    http_port: int,
+    base_url: str,
+    seen: Seen,
+    wanted: str,
+    most_bytes: int,
+) -> None:
+    """A pause or a limit that came while a sender was silent bounds also what it sends then."""
+    n, begin = 1 << 20, 1000
+    head = (
+        "POST /upload?file_name=x&bytes_read=0 HTTP/1.1\r\n"
+        f"Host: 127.0.0.1\r\nContent-Length: {n}\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", http_port)) as sender:
+        sender.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, n)
+        sender.sendall(head.encode() + bytes(begin))
+        while not seen.bodies or seen.bodies[0].left != n - begin:
+            await asyncio.sleep(0.001)
+        body = seen.bodies[0]
+        jobs = json.loads((await http_client.fetch(f"{base_url}/v1/jobs")).body)["items"]
+        url = f"{base_url}/v1/jobs/{jobs[0]['id']}"
+        if wanted == "pause":
+            await http_client.fetch(f"{url}/pause", method="POST", body="")
+        else:
+            limit = json.dumps({"limit_bytes_per_s": 50_000})
+            await http_client.fetch(url, method="PATCH", body=limit)
+        sender.setblocking(False)
+        assert sender.send(bytes(n - begin)) > most_bytes  # all of it before the server looks
+        while body.left == n - begin:
+            await asyncio.sleep(0)
+        assert body.left is not None
+        assert n - begin - body.left <= most_bytes
+        assert body._big is None or wanted == "limit"  # who waits holds no big buffer
+        await http_client.fetch(f"{url}/cancel", method="POST", body="")
 
 
 class EndedExport(BaseHandler):
