@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import pytest
 
 import storage.state_sqlite
 from errors import SluiceError
-from storage import Boot, Filter, Progress, Stale, State
+from storage import Boot, Filter, Progress, Stale
 from storage.state_sqlite import SqliteState
 from tests.storage.conformance_state import move, start, start_all, the
 from tests.storage.rows import a_file, a_job, its_event, moved
@@ -402,18 +404,24 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[SqliteSta
         runner.run(large.close())
 
 
-def fastest(runner: asyncio.Runner, state: State, wanted: Filter, after: int | None) -> float:
-    """The least time of a page, in seconds; the other tries met a busy machine."""
+async def least_s(call: Callable[[], Awaitable[object]], enough_s: float = math.inf) -> float:
+    """The least time of a call; the other tries met a busy machine.
 
-    async def measure() -> float:
-        best = 9.0
-        for _ in range(3):
-            began = time.perf_counter()
-            await state.find(wanted, after, 50)
-            best = min(best, time.perf_counter() - began)
-        return best
+    Three tries, and more as long as none took no more than ``enough_s``: what is slow stays slow.
+    """
+    best = math.inf
+    for tried in range(50):
+        if tried >= 3 and best <= enough_s:
+            break
+        began = time.perf_counter()
+        await call()
+        best = min(best, time.perf_counter() - began)
+    return best
 
-    return runner.run(measure())
+
+def bound_s(base_s: float) -> float:
+    """What a call may take in a large store that takes ``base_s`` in a small one."""
+    return 10 * base_s + 0.002
 
 
 class TestManyJobs:
@@ -437,18 +445,18 @@ class TestManyJobs:
             assert not re.match(r"SCAN jobs(?! USING INDEX jobs_live)", detail)
             assert "TEMP B-TREE" not in detail
 
-    def test_pages_take_as_long_as_ever(
-        self, runner: asyncio.Runner, stores: tuple[SqliteState, SqliteState]
+    async def test_pages_take_as_long_as_ever(
+        self, stores: tuple[SqliteState, SqliteState]
     ) -> None:
         """Any filter, on the first page or in the middle, costs about what it costs when small."""
         small, large = stores
         slow = []
-        for wanted in FILTERS:
-            for share in (None, 2):
-                base = fastest(runner, small, wanted, share and 100 // share)
-                found = fastest(runner, large, wanted, share and FINISHED // share)
-                if found > 10 * base + 0.002:
-                    slow.append((wanted, share, base, found))
+        pages = [(None, None), (100 // 2, FINISHED // 2)]
+        for wanted, after in itertools.product(FILTERS, pages):
+            base_s = await least_s(partial(small.find, wanted, after[0], 50))
+            found_s = await least_s(partial(large.find, wanted, after[1], 50), bound_s(base_s))
+            if found_s > bound_s(base_s):
+                slow.append((wanted, after, base_s, found_s))
         assert slow == []
 
     async def test_other_queries_take_as_long_as_ever(
@@ -456,9 +464,9 @@ class TestManyJobs:
     ) -> None:
         """Nor do counts, the clock, the queue, retention and the log become slower."""
 
-        async def measure(state: SqliteState) -> dict[str, float]:
+        async def calls(state: SqliteState) -> dict[str, Callable[[], Awaitable[object]]]:
             job = (await state.find(Filter(live=True), None, 1)).items[0]
-            calls: dict[str, Callable[[], Awaitable[object]]] = {
+            return {
                 "get": lambda: state.get("big7", "ann"),
                 "counts": lambda: state.counts("ann"),
                 "all counts": lambda: state.counts(None),
@@ -470,34 +478,32 @@ class TestManyJobs:
                 "files": lambda: state.find_files("ann", "x", None, 50),
                 "oldest": state.oldest,
             }
-            taken = dict.fromkeys(calls, 9.0)
-            for name, call in calls.items():
-                for _ in range(5):
-                    began = time.perf_counter()
-                    await call()
-                    taken[name] = min(taken[name], time.perf_counter() - began)
-            return taken
 
-        small, large = [await measure(state) for state in stores]
-        assert {name: t for name, t in large.items() if t > 10 * small[name] + 0.002} == {}
+        small, large = [await calls(state) for state in stores]
+        slow = {}
+        for name in small:
+            base_s = await least_s(small[name])
+            found_s = await least_s(large[name], bound_s(base_s))
+            if found_s > bound_s(base_s):
+                slow[name] = base_s, found_s
+        assert slow == {}
 
     async def test_opening_takes_as_long_as_ever(
         self, stores: tuple[SqliteState, SqliteState], tmp_path: Path
     ) -> None:
         """A start does not read what is long over."""
-        taken = []
-        for store in stores:
-            path = tmp_path / store._path.name
-            shutil.copyfile(store._path, path)
-            best = 9.0
-            for _ in range(3):
-                state = SqliteState(path, "never")
-                began = time.perf_counter()
-                await state.open()
-                best = min(best, time.perf_counter() - began)
-                await state.close()
-            taken.append(best)
-        assert taken[1] < 10 * taken[0] + 0.005
+
+        async def opened(path: Path) -> None:
+            state = SqliteState(path, "never")
+            await state.open()
+            await state.close()
+
+        small, large = [
+            partial(opened, shutil.copyfile(store._path, tmp_path / store._path.name))
+            for store in stores
+        ]
+        base_s = await least_s(small)
+        assert await least_s(large, bound_s(base_s)) <= bound_s(base_s)
 
 
 class Killed:
