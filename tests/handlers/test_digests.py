@@ -99,6 +99,22 @@ def test_nobody_waits_for_a_huge_file(serve: Serve, tmp_path: Path) -> None:
     eventually(lambda: told(server, file_id, "HEAD") is not None, "it was hashed")
 
 
+def test_only_so_many_files_are_hashed_at_once(serve: Serve, tmp_path: Path) -> None:
+    """Who asks while four huge files are read gets the answer without a digest, and later with."""
+    paths = [
+        asyncio.run(store_sparse(tmp_path / "data", f"huge{n}.bin", 4096 * MIB)) for n in range(4)
+    ]
+    server = serve()
+    data = os.urandom(MIB)
+    file_id = store(server, data)
+    for path in paths:
+        assert told(server, path.split("/")[3], "HEAD", **ARIA2) is None
+    assert told(server, file_id, **ARIA2) is None
+    server.stop()
+    server.start()
+    assert told(server, file_id, **ARIA2) == digest_of(data)
+
+
 def test_a_stop_does_not_wait_for_a_hash(serve: Serve, tmp_path: Path) -> None:
     """A hash that is under way ends with the server, without a word in its log."""
     path = asyncio.run(store_sparse(tmp_path / "data", "huge.bin", 4096 * MIB))

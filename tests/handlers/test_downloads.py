@@ -486,6 +486,11 @@ class Client:
         length = int(given.get("Content-Length", 0)) if has_body else 0
         return Answer(status, given, await self.stream.read_bytes(length))
 
+    async def chunk(self) -> bytes:
+        """The next chunk of an answer without a length; empty at its end."""
+        size = int(await self.stream.read_until(b"\r\n"), 16)
+        return (await self.stream.read_bytes(size + 2))[:-2]
+
 
 Connect = Callable[[], Awaitable[Client]]
 
@@ -560,6 +565,30 @@ async def test_tls_whole_and_ranges(connect: Connect) -> None:
         assert (await tls.fetch("HEAD", path)).headers["Content-Length"] == str(len(data))
         assert (await tls.fetch("GET", path, Range="bytes=-0")).status == 416
         assert (await tls.fetch("GET", path, If_None_Match="*")).status == 304
+
+
+@pytest.mark.gen_test(timeout=30)
+async def test_tls_a_file_that_grows(connect: Connect) -> None:
+    """Over TLS a growing file is followed to its end, and its ranges have their length."""
+    tls, follower = await connect(), await connect()
+    data = os.urandom(3 << 20)
+    half = len(data) // 2
+    block = "/upload?file_name=x.bin&bytes_read="
+    await tls.fetch("POST", f"{block}0", data[:half])
+    (job,) = (await tls.fetch("GET", "/v1/jobs?kind=upload")).json["items"]
+    path = f"/v1/jobs/{job['id']}/content"
+    await follower.ask("GET", f"{path}?follow=1", Range="bytes=10-")
+    status, headers = await follower.head()
+    assert (status, headers["Content-Range"]) == (206, f"bytes 10-{(1 << 63) - 1}/*")
+    begun = b""
+    while len(begun) < half - 10:
+        begun += await follower.chunk()
+    part = await tls.fetch("GET", path, Range=f"bytes={half - 9}-{half - 1}")
+    assert (part.status, part.body) == (206, data[half - 9 : half])
+    await tls.fetch("POST", f"{block}{half}&is_complete=1", data[half:])
+    while chunk := await follower.chunk():
+        begun += chunk
+    assert begun == data[10:]
 
 
 @pytest.mark.gen_test(timeout=60)
