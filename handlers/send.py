@@ -223,7 +223,10 @@ class Sender:
         self._handler.write(data)
         self._handler.flush()
         # The future of flush hides that bytes were dropped; this one follows them and tells.
-        return self._stream.write(b"")
+        try:
+            return self._stream.write(b"")
+        except StreamClosedError as error:
+            raise ClientGone from error
 
     async def _written(self, write: Awaitable[None], gate: Gate) -> None:
         """Return when a write of Tornado's is done. Raises what ``send`` raises.

@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from tornado.httpserver import HTTPServer
@@ -21,6 +21,8 @@ from tornado.web import Application
 
 from config import Config
 from handlers import send
+from handlers.base import BaseHandler
+from jobs.uploads import ClientGone
 from server import assembled, make_app, recover
 from tests.conftest import Serve, need
 from tests.handlers.clients import Caller, Raw
@@ -710,6 +712,56 @@ async def test_a_connection_that_is_closed_here_is_noticed(
                 await asyncio.sleep(0)
     finally:
         one.stream.close()
+
+
+class EndsWhileItIsRead:
+    """A reader of zeros whose connection ends while it reads."""
+
+    size_bytes = 10
+
+    def __init__(self, stream: IOStream) -> None:
+        self._stream = stream
+
+    def fileno(self) -> int | None:
+        """See Reader."""
+        return None
+
+    async def read(self, start: int, n: int) -> bytes:
+        """See Reader."""
+        self._stream.close()
+        return bytes(n)
+
+    async def close(self) -> None:
+        """See Reader."""
+
+
+class Ending(BaseHandler):
+    """Sends from such a reader."""
+
+    raised: ClassVar[list[Exception]] = []
+
+    async def get(self) -> None:
+        """Send, and keep what that raised."""
+        sender, gate = send.Sender(self), self.services.downloads
+        await sender.head(gate)
+        reader = EndsWhileItIsRead(self.connection.stream)
+        try:
+            await sender.send(reader, 0, reader.size_bytes, gate)
+        except Exception as error:
+            self.raised.append(error)
+
+
+@pytest.mark.gen_test(timeout=60)
+async def test_a_connection_may_end_while_bytes_are_read(
+    http_server: HTTPServer, http_port: int, app: Application
+) -> None:
+    """What was read then has no reader any more, which is no error of the server."""
+    app.add_handlers(".*", [("/ending", Ending)])
+    one = Client(await TCPClient().connect("127.0.0.1", http_port))
+    await one.ask("GET", "/ending")
+    with pytest.raises(StreamClosedError):
+        await one.stream.read_bytes(1 << 20)
+    assert [type(error) for error in Ending.raised] == [ClientGone]
 
 
 def test_many_small_parts_take_turns(site: Server, big: str, data: bytes) -> None:
