@@ -416,11 +416,14 @@ def test_phone(server: Server, page: Page) -> None:
     expect(page.locator("li[data-job]")).to_have_count(3)
     for view in ("jobs", "files", "processes"):
         page.locator(f"nav a[href='#{view}']").click()
-        expect(page.locator("main :is(button, select)").first).to_be_attached()
+        expect(
+            page.locator("main > :not([hidden]) :is(li, form) :is(a, button)").last
+        ).to_be_visible()
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
         small: list[Any] = page.evaluate(
             """() => [...document.querySelectorAll('button, a, select, input:not([type=checkbox])')]
-            .filter((node) => node.checkVisibility() && !node.matches('.hush, .skip'))
+            .filter((node) => node.checkVisibility({contentVisibilityAuto: true}))
+            .filter((node) => !node.matches('.hush, .skip'))
             .map((node) => [node.outerHTML, node.getBoundingClientRect()])
             .filter(([, box]) => box.width < 44 || box.height < 44)"""
         )
