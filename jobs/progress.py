@@ -1,8 +1,8 @@
 """How far a job is, how fast, and how long it may still take. Pure: the clock is an argument.
 
 The rate is an average over *active* time with a half-life of two seconds: while a job is paused its
-clock stands. The time left is an interval, from the rate and how much the rate varies, or nothing:
-a wrong number is worse than none. ``done`` never goes back.
+clock stands, and each phase has a rate of its own. The time left is an interval, from the rate and
+how much the rate varies, or nothing: a wrong number is worse than none. ``done`` never goes back.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ _HALF_LIFE_S = 2.0
 _SAMPLE_S = 0.1
 _ETA_AFTER_S = 3.0
 _ETA_MOST_S = 1e9  # a job that would take longer stands still
+_LEAST_SPREAD = 0.03  # of the rate: no machine is steadier for long
 
 
 class Meter:
@@ -23,6 +24,7 @@ class Meter:
     __slots__ = (
         "_active_s",
         "_at",
+        "_eta_known",
         "_from",
         "_held",
         "_rate",
@@ -44,6 +46,7 @@ class Meter:
         self.message = last.message
         self.changed = False
         self._held = False
+        self._eta_known = True
         self._from: int | None = None  # done at the last sample
         self._at = 0.0
         self._active_s = 0.0
@@ -56,26 +59,37 @@ class Meter:
         total: int | None = None,
         phase: str | None = None,
         message: str | None = None,
+        eta: bool | None = None,
     ) -> None:
-        """Take the newest values; what is None stays. Cheap: no clock is read here."""
+        """Take the newest values; what is None stays. Cheap: no clock is read here.
+
+        ``eta=False``: what follows goes at another pace, so no time left is told.
+        """
         self.changed = True
         if done is not None and done > self.done:
             self.done = done
             self._held = False
         if total is not None:
             self.total = total
-        if phase is not None:
+        if phase is not None and phase != self.phase:
             self.phase = phase
+            self._start_rate()
+        if eta is not None:
+            self._eta_known = eta
         if message is not None:
             self.message = message
 
     def hold(self) -> None:
         """The job is paused or its peer is gone: stop the clock, forget the rate."""
         self._held = True
+        self._start_rate()
+        self.changed = True
+
+    def _start_rate(self) -> None:
         self._from = None
         self._rate = None
+        self._spread = 0.0
         self._active_s = 0.0
-        self.changed = True
 
     def progress(self, now: float | None = None) -> Progress:
         """The progress at ``now`` (monotonic seconds)."""
@@ -117,11 +131,14 @@ class Meter:
         self._from, self._at = self.done, now
 
     def _eta(self) -> tuple[float, float] | None:
-        if self.total is None or not self._rate or self._active_s < _ETA_AFTER_S:
+        if self.total is None or not self._eta_known:
+            return None
+        if not self._rate or self._active_s < _ETA_AFTER_S:
             return None
         left = max(0, self.total - self.done)
         if self._rate * _ETA_MOST_S < left:
             return None
-        low = left / (self._rate + self._spread)
-        high = left / max(self._rate - self._spread, self._rate / 10)
+        spread = max(self._spread, self._rate * _LEAST_SPREAD)
+        low = left / (self._rate + spread)
+        high = left / max(self._rate - spread, self._rate / 10)
         return round(low, 1), round(high, 1)

@@ -186,10 +186,11 @@ class Process:
         total: int | None = None,
         phase: str | None = None,
         message: str | None = None,
+        eta: bool | None = None,
     ) -> None:
         if cursor is not None:
             self._set_cursor(cursor)
-        self.meter.mark(done, total, phase, message)
+        self.meter.mark(done, total, phase, message, eta)
         if self.want == "run" and perf_counter() - self._resumed < _SLICE_S:
             return
         if self.want == "run":

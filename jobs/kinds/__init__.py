@@ -197,13 +197,16 @@ class Context(Protocol):
         total: int | None = None,
         phase: str | None = None,
         message: str | None = None,
+        eta: bool | None = None,
     ) -> None:
         """Go on, hold, or stop: the only place where a process is paused or cancelled.
 
         ``cursor`` is JSON of at most 64 KiB from which ``run`` can go on; it is saved about once
-        a second and before every pause. ``done`` and ``total`` count in the kind's unit. Costs
-        next to nothing while nothing is wanted and the turn's 2 ms are not used up. Raises
-        JobPaused or JobCancelled.
+        a second and before every pause. ``done`` and ``total`` count in the kind's unit; each
+        ``phase`` has a rate of its own. With ``eta=False``, until it is True again, no time left
+        is told: for a phase before one of another pace. What is None stays as it was. Costs next
+        to nothing while nothing is wanted and the turn's 2 ms are not used up. Raises JobPaused or
+        JobCancelled.
         """
         ...
 

@@ -220,9 +220,13 @@ class _Export:
         return sum(s.bytes for s in self._sources[:source] if self._passes(s) == 2)
 
     async def _mark(self, phase: str, done: int) -> None:
-        cursor = msgspec.structs.asdict(self._at)
         await self._ctx.checkpoint(
-            cursor, done=done, total=self._total, phase=phase, message=self._message()
+            msgspec.structs.asdict(self._at),
+            done=done,
+            total=self._total,
+            phase=phase,
+            message=self._message(),
+            eta=self._at.reading,  # to look is faster than to write
         )
 
     def _message(self) -> str:

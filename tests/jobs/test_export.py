@@ -14,15 +14,16 @@ from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from errors import SluiceError
+from jobs import progress
 from jobs.add import add
-from jobs.kinds import Registry, _formats, _records, export, kind_of
+from jobs.kinds import Context, Registry, _formats, _records, export, kind_of
 from storage import Filter, Job
 from tests.conftest import Serve
 from tests.harness import FULL, Server, eventually, form
@@ -460,6 +461,61 @@ def test_a_filter_is_refused_with_the_place() -> None:
     """Who writes a wrong filter is told at which character."""
     with pytest.raises(SluiceError, match=r"params.where: .*at character 3: expected a comparison"):
         Registry([kind_of(export)]).parse("export", {"source": "t", "where": "a b"})
+
+
+# How long it still takes
+
+
+class Timed:
+    """The context of an export on a machine of a steady pace, and what was told on the way.
+
+    The clock of the meters goes on by what was done: to look takes a second per KiB, to write two.
+    """
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+        self.told: list[tuple[float, str | None, Any]] = []
+        self._ctx: Any = None
+
+    async def run(self, ctx: Any, params: export.Params) -> dict[str, Any]:
+        """See Kind."""
+        self._ctx = ctx
+        return await export.run(cast(Context, self), params)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+    async def checkpoint(self, cursor: Any = None, **more: Any) -> None:
+        """Let time pass, and look at what is told."""
+        meter = self._ctx.meter
+        passed = more.get("done", meter.done) - meter.done
+        self.now_s += passed / 1024 * (2 if meter.phase == "exporting" else 1)
+        await self._ctx.checkpoint(cursor, **more)
+        self.told.append((self.now_s, meter.phase, meter.progress(self.now_s).eta_s))
+
+
+@pytest.mark.parametrize("source", ["csv", "jsonl"])
+def test_the_time_left_is_true(tmp_path: Path, small_blocks: None, source: str) -> None:
+    """Whenever a time left is told, the end comes in it; it is told in nearly all of the last pass,
+    and never in the first, whose pace is another one."""
+    timed = Timed()
+    kind = kind_of(SimpleNamespace(**(vars(export) | {"run": timed.run})))
+    rows = [{"id": str(n), "text": "x" * 20} for n in range(500)]
+
+    async def work() -> None:
+        async with World(tmp_path, kind) as world:
+            await put(world, f"t.{source}", stored(source, rows))
+            await made(world, {"source": f"t.{source}"})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(progress, "monotonic", lambda: timed.now_s)
+        asyncio.run(work())
+    assert [eta for _, phase, eta in timed.told if phase != "exporting" and eta] == []
+    last = [(now_s, eta) for now_s, phase, eta in timed.told if phase == "exporting"]
+    told = [(now_s, eta) for now_s, eta in last if eta is not None]
+    assert len(told) > 0.8 * len(last)
+    for now_s, (low_s, high_s) in told:
+        assert low_s - 0.1 <= timed.now_s - now_s <= high_s + 0.1
 
 
 # Interruptions

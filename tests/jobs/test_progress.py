@@ -102,6 +102,45 @@ def test_time_left_is_wider_for_an_unsteady_job() -> None:
     assert eta[1] > 1.3 * eta[0]
 
 
+def test_the_steadiest_job_has_an_interval() -> None:
+    """No machine goes on at exactly the same pace: 100 seconds are told as about 97 to 103."""
+    meter = Meter("steps")
+    meter.mark(0, 10_500)
+    meter.progress(0.0)
+    now = run(meter, 0.0, 5, 100)
+    assert meter.progress(now).eta_s == pytest.approx((97, 103), abs=1)
+
+
+def test_each_phase_has_its_own_rate() -> None:
+    """What came before a new phase tells nothing about its rate, or about the time left."""
+    meter = Meter("steps")
+    meter.mark(0, 10_000, "reading")
+    meter.progress(0.0)
+    now = run(meter, 0.0, 5, 1000)
+    meter.mark(phase="writing")
+    found = meter.progress(now)
+    assert (found.phase, found.rate_per_s, found.eta_s) == ("writing", None, None)
+    now = run(meter, now, 2.8, 100)
+    assert meter.progress(now).eta_s is None
+    now = run(meter, now, 0.4, 100)
+    meter.mark(phase="writing")  # no new one
+    found = meter.progress(now)
+    assert found.rate_per_s == pytest.approx(100, rel=0.05)
+    assert found.eta_s == pytest.approx((45, 48), rel=0.05)
+
+
+def test_no_time_left_is_told_where_the_job_says_so() -> None:
+    """A job that knows that its pace will be another one has a rate, but no time left."""
+    meter = Meter("steps")
+    meter.mark(0, 10_000, eta=False)
+    meter.progress(0.0)
+    now = run(meter, 0.0, 5, 100)
+    assert meter.progress(now).rate_per_s == pytest.approx(100, rel=0.05)
+    assert meter.progress(now).eta_s is None
+    meter.mark(eta=True)
+    assert meter.progress(now).eta_s is not None
+
+
 @pytest.mark.parametrize("seconds", [0.0, 1.0, 2.8])
 def test_no_time_left_is_told_too_early(seconds: float) -> None:
     """In the first three seconds there is no time left: it would be a guess."""
