@@ -194,6 +194,7 @@ class BaseHandler(WithOptions):
         try:
             self._override()
             self._check()
+            self._check_whole()
             self.connection.set_max_body_size(self._max_body_bytes())
             if self.method_streams:
                 await turns.next()  # many may come at once
@@ -259,6 +260,15 @@ class BaseHandler(WithOptions):
             if not changes:
                 raise SluiceError("body-unexpected", "GET takes no body; send it by POST.")
             raise SluiceError("body-too-long", f"The body has more than {limit:,} bytes.")
+
+    def _check_whole(self) -> None:
+        """A part must never be stored as if it were the whole (RFC 9110 section 14.5)."""
+        if self.request.method == "PUT" and "Content-Range" in self.request.headers:
+            raise SluiceError(
+                "invalid-field",
+                "PUT takes whole files; a part of one is appended by PATCH.",
+                field="Content-Range",
+            )
 
     def _body_length(self) -> int | None:
         """The announced length; Tornado itself refuses what is malformed, afterwards."""

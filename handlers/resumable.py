@@ -300,11 +300,6 @@ class CreationHandler(ResumableHandler):
     async def admit(self) -> None:
         """Make the upload, unless the head shows that it can't be one (section 4.2.2)."""
         headers, uploads, caller = self.request.headers, self.services.uploads, self.caller
-        if self.request.method == "PUT" and "Content-Range" in headers:
-            # A part must never be stored as if it were the whole (RFC 9110 section 14.5).
-            raise SluiceError(
-                "invalid-field", "PUT takes whole files; append by PATCH.", field="Content-Range"
-            )
         complete = fields.boolean(headers.get("Upload-Complete"))
         if complete is None and self.body.length == 0:
             raise _missing("Upload-Complete")
