@@ -64,7 +64,7 @@ class Gate(Protocol):
 
     @property
     def most_bytes(self) -> int | None:
-        """How long the next piece may be; None: any length."""
+        """How long the next piece may be; None: any length; 0 while nothing may leave."""
         ...
 
     async def checkpoint(self) -> None:
@@ -280,8 +280,9 @@ class Sender:
 
 
 def _piece(left: int, most: int, gate: Gate) -> int:
-    """How many bytes to send at once."""
-    return min(left, most, gate.most_bytes or most)
+    """How many bytes to send at once, now that the checkpoint was passed."""
+    bound = gate.most_bytes
+    return min(left, most) if bound is None else min(left, most, bound)
 
 
 def disposition(name: str, attachment: bool) -> str:

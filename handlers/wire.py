@@ -171,7 +171,7 @@ class Body:
 
     ``length`` is None for a chunked body. ``gate``, if set, is awaited before bytes are asked for,
     so that a paused transfer stands there with empty hands. ``most_bytes``, if set, bounds the
-    piece that follows (0: none may be read); not that of a chunked body, which Tornado cuts.
+    piece that follows; not that of a chunked body, which Tornado cuts.
     """
 
     def __init__(self, connection: HTTP1Connection, length: int | None) -> None:

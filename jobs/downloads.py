@@ -41,7 +41,7 @@ class Download:
 
     @property
     def most_bytes(self) -> int | None:
-        """How long the next piece may be; None: any length."""
+        """How long the next piece may be; None: any length; 0 while nothing may leave."""
         return self.flow.next_bytes()
 
     async def checkpoint(self) -> None:

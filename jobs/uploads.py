@@ -64,7 +64,8 @@ class Pieces(Peer, Protocol):
     """A body as it arrives; each piece is valid only until the next is asked for.
 
     Raises ClientGone, or the error it was interrupted with. ``gate``, once set, is awaited before
-    bytes are asked for; ``most_bytes``, once set, tells how long the next piece may be.
+    bytes are asked for; ``most_bytes``, once set, tells how long the next piece may be (None: any
+    length; 0: none may be read now).
     """
 
     gate: Callable[[], Awaitable[None]] | None

@@ -151,7 +151,7 @@ async def test_if_tornado_renames_its_counter_files_still_leave(
 
 @pytest.mark.gen_test
 @pytest.mark.parametrize(("wanted", "most_bytes"), [("pause", 4 << 10), ("limit", 32 << 10)])
-async def test_what_was_wanted_meanwhile_holds_for_the_first_bytes_after_it(
+async def test_a_pause_or_a_limit_during_a_silence_holds_for_what_comes_next(
     http_client: AsyncHTTPClient,
     http_server: HTTPServer,
     http_port: int,

@@ -8,7 +8,7 @@ import gzip
 import io
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from errors import SluiceError
 from jobs import progress
 from jobs.add import add
-from jobs.kinds import Context, Registry, _formats, _records, export, kind_of
+from jobs.kinds import Context, Kind, Registry, _formats, _records, export, kind_of
 from storage import Filter, Job
 from tests.conftest import Serve
 from tests.harness import FULL, Server, eventually, form
@@ -69,6 +69,11 @@ async def made(world: World, params: dict[str, Any]) -> bytes:
 def a_world(folder: Path, **more: Any) -> World:
     """A service that exports."""
     return World(folder, kind_of(export), **more)
+
+
+def run_by(run: Callable[[Any, export.Params], Awaitable[dict[str, Any]]]) -> Kind:
+    """The kind, run by another function."""
+    return kind_of(SimpleNamespace(**(vars(export) | {"run": run})))
 
 
 def run(folder: Path, files: dict[str, bytes], **params: Any) -> bytes:
@@ -499,11 +504,10 @@ def test_the_time_left_is_true(tmp_path: Path, small_blocks: None, source: str) 
     """Whenever a time left is told, the end comes in it; it is told in nearly all of the last pass,
     and never in the first, whose pace is another one."""
     timed = Timed()
-    kind = kind_of(SimpleNamespace(**(vars(export) | {"run": timed.run})))
     rows = [{"id": str(n), "text": "x" * 20} for n in range(500)]
 
     async def work() -> None:
-        async with World(tmp_path, kind) as world:
+        async with World(tmp_path, run_by(timed.run)) as world:
             await put(world, f"t.{source}", stored(source, rows))
             await made(world, {"source": f"t.{source}"})
 
@@ -554,8 +558,7 @@ class Trouble:
         async def run(ctx: Any, params: export.Params) -> dict[str, Any]:
             return await export.run(Interrupted(ctx, self), params)
 
-        fields = vars(export) | {"run": run}
-        self.world = World(folder, kind_of(SimpleNamespace(**fields)), warm_s=warm_s)
+        self.world = World(folder, run_by(run), warm_s=warm_s)
 
     async def through(self, params: dict[str, Any], plan: list[str]) -> bytes:
         """Export to the end, whatever happens on the way; what was made."""
