@@ -21,7 +21,7 @@ from handlers.auth import is_prefetch
 from handlers.base import BaseHandler
 from handlers.send import send_file
 from handlers.wire import Body, Form, Part
-from jobs import Filter, Job
+from jobs import File, Filter, Job
 from jobs.files import clean_name, now_ms
 from jobs.upload import Plan
 
@@ -140,13 +140,11 @@ class UploadHandler(SimpleHandler):
         await self.services.uploads.check(self.caller.owner, self.size)
         job = await self.block_upload(self.name)
         stored = self.services.uploads.offset(job) if job is not None else 0
+        self.published = await self._published() if job is None else None
+        if self.published is not None:
+            return
         if self.offset != stored:
-            raise SluiceError(
-                "offset-mismatch",
-                f"{stored} bytes of {self.name!r} are stored; the block begins at {self.offset}.",
-                field="bytes_read",
-                bytes_read=stored,
-            )
+            raise self._mismatch(stored)
         length = job.transfer.length_bytes if job is not None and job.transfer else None
         if self.size is not None and length is not None and self.size != length:
             raise SluiceError("invalid-field", f"file_size was {length} before.", field="file_size")
@@ -158,6 +156,27 @@ class UploadHandler(SimpleHandler):
                 field="file_size",
                 bytes_read=stored,
             )
+
+    def _mismatch(self, stored: int) -> SluiceError:
+        return SluiceError(
+            "offset-mismatch",
+            f"{stored} bytes of {self.name!r} are stored; the block begins at {self.offset}.",
+            field="bytes_read",
+            bytes_read=stored,
+        )
+
+    async def _published(self) -> File | None:
+        """The file that an empty last block asks for, if its upload has ended already.
+
+        An upload of which all bytes are here ends by itself after a crash, and the answer to the
+        last block may be lost: then its sender asks again, and gets the same answer.
+        """
+        if not self.offset or self.body.length != 0:
+            return None
+        file = await self.services.files.newest(self.name, self.caller.owner)
+        if file is None or file.bytes != self.offset or self.size not in (None, file.bytes):
+            return None
+        return file
 
     async def post(self) -> None:
         """Take a form, or the next block."""
@@ -215,20 +234,18 @@ class UploadHandler(SimpleHandler):
     async def _take_block(self) -> None:
         """The next block of a file; the last one publishes it."""
         uploads = self.services.uploads
-        caller = self.caller
-        job, _ = await uploads.create(
-            self.name,
-            owner=caller.owner,
-            client=caller.client,
-            by=caller.by("simple"),
-            protocol="blocks",
-            resumable=True,
-            length=self.size,
-            live_name=self.live_name(self.name),
-            plan=Plan(by_length=True),
-        )
+        job = await self._begin() if self.offset == 0 else await self.block_upload(self.name)
+        if job is None:  # it has ended since it was looked for
+            self.published = self.published or await self._published()
+            if self.published is None:
+                raise self._mismatch(0)
+            self._reply_published(self.published)
+            return
         if self.size is not None:
             job = await uploads.set_length(job, self.size)
+        if self.body.length == 0 and uploads.finishing(job):
+            self._reply_published((await uploads.complete(job))[0])
+            return
         async with uploads.connect(job, self.body) as upload:
             before = upload.stored
             block: Body | Part = self.body
@@ -250,8 +267,26 @@ class UploadHandler(SimpleHandler):
                     field="is_complete",
                     bytes_read=stored,
                 )
-        files = await uploads.complete(job)
-        self.reply({"bytes_read": stored, "is_complete": True, "id": files[0].id, "job": job.id})
+        self._reply_published((await uploads.complete(job))[0])
+
+    async def _begin(self) -> Job:
+        """The upload that a first block belongs to: a new one, unless one has no bytes yet."""
+        caller = self.caller
+        job, _ = await self.services.uploads.create(
+            self.name,
+            owner=caller.owner,
+            client=caller.client,
+            by=caller.by("simple"),
+            protocol="blocks",
+            resumable=True,
+            length=self.size,
+            live_name=self.live_name(self.name),
+            plan=Plan(by_length=True),
+        )
+        return job
+
+    def _reply_published(self, file: File) -> None:
+        self.reply({"bytes_read": file.bytes, "is_complete": True, "id": file.id, "job": file.job})
 
 
 class UploadTerminateHandler(SimpleHandler):

@@ -5,8 +5,13 @@ from __future__ import annotations
 import base64
 import http.client
 import json
+import os
+import select
+import signal
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from time import monotonic
 from typing import Any
 from urllib.parse import quote
@@ -30,6 +35,23 @@ def refused(answer: Any, status: int, code: str, field: str | None = None) -> An
     if field is not None:
         assert problem["field"] == field, problem
     return problem
+
+
+@contextmanager
+def children_stopped(server: Server) -> Iterator[None]:
+    """Meanwhile the server's helper processes do nothing."""
+    pid = server.pid
+    children = [
+        int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    ]
+    assert children
+    for pid in children:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in children:
+            os.kill(pid, signal.SIGCONT)
 
 
 # Row 1: a form
@@ -887,6 +909,40 @@ def test_an_upload_by_blocks_is_paused_and_resumed(caller: Caller, name: str) ->
         assert caller.post(f"/v1/jobs/{job['id']}/resume").json["state"] == "running"
         done = raw.answer()
     assert caller.content(done.json["id"]) == b"abcdef"
+
+
+def test_the_last_block_may_be_repeated(caller: Caller, name: str) -> None:
+    """An empty block that asks for what is published already gets the same answer, and no more."""
+    caller.block(name, 0, b"abcdef")
+    done = caller.block(name, 6, b"", "&is_complete=1")
+    for more in ("", "&is_complete=1", "&file_size=6"):
+        again = caller.block(name, 6, b"", more)
+        assert (again.status, again.json) == (200, done.json)
+    for at, block, more in ((5, b"", ""), (6, b"g", ""), (6, b"", "&file_size=7")):
+        problem = refused(caller.block(name, at, block, more), 400, "offset-mismatch")
+        assert problem["bytes_read"] == 0
+    assert len(caller.versions(name)) == 1
+    assert len(caller.jobs()) == 1
+
+
+def test_the_last_block_waits_for_an_upload_that_is_being_finished(serve: Serve, name: str) -> None:
+    """Who says that all is there while the upload is being finished gets its outcome, too."""
+    server = serve("--digest", "always")
+    caller = Caller(server, "c")
+    caller.block("first.bin", 0, b"x", "&is_complete=1")  # the helper that hashes lives now
+    caller.block(name, 0, b"abcdef")
+    path = f"/upload?file_name={name}&bytes_read=6"
+    with Raw(server) as one, Raw(server) as other:
+        with children_stopped(server):
+            for raw in (one, other):
+                raw.head("POST", path, Content_Length=0, X_Client_Id="c")
+                assert select.select([one.socket, other.socket], [], [], 0.3)[0] == []  # they wait
+            at = caller.get(f"/upload?file_name={name}").json
+            assert at == {"bytes_read": 6, "is_complete": False}
+        answers = [one.answer(), other.answer()]
+    assert [answer.status for answer in answers] == [200, 200]
+    assert answers[0].json == answers[1].json
+    assert caller.content(answers[0].json["id"]) == b"abcdef"
 
 
 # Rows 6 and 7: where to go on, and cancel
