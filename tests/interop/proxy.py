@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import socket
 import struct
 import threading
@@ -122,6 +123,7 @@ class Proxy:
                 link = self._loop.create_task(self._link(client, go))
                 self._links[link] = go
                 link.add_done_callback(self._links.pop)
+                link.add_done_callback(functools.partial(_reset_if_not_begun, client))
         finally:
             self._listener.close()
             self._cut()
@@ -174,6 +176,13 @@ class Proxy:
             (_, act), self._mark = self._mark, None
             act()
             self._marked.set()
+
+
+def _reset_if_not_begun(client: socket.socket, link: asyncio.Task[None]) -> None:
+    """Close what a link that was cut before its first step would have closed."""
+    if link.cancelled():
+        _reset_when_closed((client,))
+        client.close()
 
 
 def _reset_when_closed(ends: tuple[socket.socket, ...]) -> None:
