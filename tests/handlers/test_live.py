@@ -22,7 +22,6 @@ class Silent(NamedTuple):
 
     mute: Socket  # did not even say hello
     quiet: Socket  # said hello, and nothing since
-    opened_at: float
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -30,7 +29,7 @@ def silent(site: Server) -> Iterator[Silent]:
     """What takes many seconds begins with the first test and is looked at by the last."""
     mute, quiet = site.socket(JSON), site.socket(JSON)
     quiet.say(t="hello", ver=1)
-    yield Silent(mute, quiet, monotonic())
+    yield Silent(mute, quiet)
     mute.close()
     quiet.close()
 
@@ -596,7 +595,9 @@ def test_who_does_not_say_hello_is_closed(silent: Silent) -> None:
 def test_silence_is_broken_by_a_heartbeat(silent: Silent) -> None:
     """Within 15 seconds of silence the server says where the log stands."""
     heartbeat = silent.quiet.until(lambda m: m["t"] == "hb", 20)
-    assert heartbeat["s"] >= 0 and heartbeat["now"] > 0
-    assert monotonic() - silent.opened_at < 17 or len(silent.quiet.seen) > 2
+    welcome = silent.quiet.seen[0]
+    assert heartbeat["s"] >= welcome["s"]
+    # By the server's clock: this test may look long after the heartbeat came.
+    assert 11_000 < heartbeat["now"] - welcome["now"] < 17_000
     silent.quiet.say(t="hb", s=heartbeat["s"], lag=0.001)
     assert command(silent.quiet, 1, "retry", job="none")["t"] == "err"
