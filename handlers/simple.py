@@ -140,8 +140,7 @@ class UploadHandler(SimpleHandler):
         await self.services.uploads.check(self.caller.owner, self.size)
         job = await self.block_upload(self.name)
         stored = self.services.uploads.offset(job) if job is not None else 0
-        self.published = await self._published() if job is None else None
-        if self.published is not None:
+        if job is None and await self._published() is not None:
             return
         if self.offset != stored:
             raise self._mismatch(stored)
@@ -235,11 +234,11 @@ class UploadHandler(SimpleHandler):
         """The next block of a file; the last one publishes it."""
         uploads = self.services.uploads
         job = await self._begin() if self.offset == 0 else await self.block_upload(self.name)
-        if job is None:  # it has ended since it was looked for
-            self.published = self.published or await self._published()
-            if self.published is None:
+        if job is None:  # it has ended, perhaps since it was looked for
+            file = await self._published()
+            if file is None:
                 raise self._mismatch(0)
-            self._reply_published(self.published)
+            self._reply_published(file)
             return
         if self.size is not None:
             job = await uploads.set_length(job, self.size)

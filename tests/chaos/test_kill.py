@@ -310,7 +310,7 @@ class Chaos:
                 job_id = self.server.post("/v1/jobs", {"kind": "count", "params": params}).json[
                     "id"
                 ]
-                self.server.wait_for(job_id, "running")
+                self.server.wait_for(job_id, "running", within_s=5)
                 if self.server.post(f"/v1/jobs/{job_id}/{verb}").status in (200, 202):
                     answers[job_id] = verb
             if not point:
