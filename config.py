@@ -380,6 +380,14 @@ class Config:
         default=30 * DAY_S,
         metadata=_about(_duration(), "finished jobs are deleted after this time; their files stay"),
     )
+    keep_events: int = field(
+        default=1_000_000,
+        metadata=_about(
+            _whole(100, 1_000_000_000, "events"),
+            "transitions that a subscriber of the channel may lag behind and still miss none; "
+            "those of jobs that exist are kept anyway",
+        ),
+    )
     max_queued: int = field(
         default=10_000,
         metadata=_about(

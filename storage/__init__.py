@@ -27,6 +27,9 @@ from errors import SluiceError
 
 T = TypeVar("T")
 
+KEEP_EVENTS = 1_000_000
+KEY_KEPT_MS = 86_400_000  # how long an idempotency key is remembered
+
 
 class By(msgspec.Struct, frozen=True, kw_only=True):
     """Who gave the last command, through which door, and when."""
@@ -186,6 +189,11 @@ class Boot(NamedTuple):
     same_boot: bool
 
 
+def matches_text(text: str, name: str, job_id: str) -> bool:
+    """Whether a search for a text finds a job: part of its name in any case, or all of its id."""
+    return text.casefold() in name.casefold() or text == job_id
+
+
 class Filter(msgspec.Struct, frozen=True, kw_only=True):
     """Which jobs: every field that is given must match; ``owner=None`` is the service itself."""
 
@@ -195,6 +203,7 @@ class Filter(msgspec.Struct, frozen=True, kw_only=True):
     name: str | None = None
     client: str | None = None
     live: bool = False
+    text: str | None = None
 
 
 class Page(NamedTuple, Generic[T]):
@@ -212,6 +221,34 @@ class Fenced(Exception):
     """The writer's lease is no longer the newest: it must stop and write nothing more."""
 
 
+class Key(NamedTuple):
+    """The name that a client gives a command, so that a repeat is known to be one.
+
+    ``fingerprint`` stands for all that the command says: another one under the same key is no
+    repeat.
+    """
+
+    owner: str
+    key: str
+    fingerprint: str
+
+
+class Used(NamedTuple):
+    """What came of the command that has spent a key: the job, and its version after it."""
+
+    fingerprint: str
+    job: str
+    version: int
+
+
+class Spent(Exception):
+    """The key was used before; nothing was changed now."""
+
+    def __init__(self, used: Used) -> None:
+        super().__init__(used)
+        self.used = used
+
+
 UNSET: Any = msgspec.UNSET
 
 
@@ -219,11 +256,13 @@ class Jobs(Protocol):
     """The job table. ``commit`` is the only way to change a state."""
 
     async def create(
-        self, job: Job, event: Event, *, live_name: str | None = None
+        self, job: Job, event: Event, *, live_name: str | None = None, key: Key | None = None
     ) -> tuple[Job, bool]:
         """Insert a job with its first event, giving it its number ``h``.
 
-        A live job that holds ``live_name`` already is returned instead, with False.
+        A live job that holds ``live_name`` already is returned instead, with False. With a key it
+        is done once, here as in ``commit`` and ``delete``: the key is kept in the same transaction,
+        and raises Spent from then on.
         """
         ...
 
@@ -235,10 +274,12 @@ class Jobs(Protocol):
         was_version: int,
         fence: int | None = None,
         files: Sequence[File] = (),
+        key: Key | None = None,
     ) -> int:
         """Replace a row, log its event and add stored files, in one transaction; the event's seq.
 
-        Raises Stale if the row is not at ``was_version``, Fenced if its fence is not ``fence``.
+        Raises Stale if the row is not at ``was_version``, Fenced if its fence is not ``fence``,
+        Spent for a key that was used.
         """
         ...
 
@@ -277,7 +318,11 @@ class Jobs(Protocol):
         ...
 
     async def find(self, filter: Filter, after: int | None, limit: int) -> Page[Job]:
-        """Jobs, newest first, with a number below ``after``."""
+        """Jobs, newest first, with a number below ``after``.
+
+        With a text, one call looks at a bounded number of jobs: a page may then have fewer than
+        ``limit``, even none, though ``next`` promises more.
+        """
         ...
 
     async def counts(self, owner: str | None) -> dict[str, int]:
@@ -296,8 +341,22 @@ class Jobs(Protocol):
         """Final jobs that ended before ``at``, oldest first."""
         ...
 
-    async def delete(self, job_id: str, event: Event, *, was_version: int) -> int:
-        """Remove a job with its history; the log keeps ``event`` for subscribers."""
+    async def spend(self, key: Key, job: str, version: int) -> None:
+        """Spend a key on what changes no row by itself, keeping what is told. Raises Spent."""
+        ...
+
+    async def used(self, owner: str, key: str) -> Used | None:
+        """What has spent a key within the last ``KEY_KEPT_MS``."""
+        ...
+
+    async def forget_keys(self, before: int, limit: int) -> int:
+        """Forget keys that were spent before a time, the oldest first; how many."""
+        ...
+
+    async def delete(
+        self, job_id: str, event: Event, *, was_version: int, key: Key | None = None
+    ) -> int:
+        """Remove a job; the log keeps its events, and ``event``, for as long as any others."""
         ...
 
     async def log(self, job_id: str, lines: Sequence[str], at: int) -> None:
@@ -310,14 +369,18 @@ class Jobs(Protocol):
 
 
 class Events(Protocol):
-    """The event log, in commit order without holes, and the lossy progress beside it."""
+    """The event log, in commit order, and the lossy progress beside it.
+
+    From ``oldest`` on the log is whole, whatever was deleted. Before it, it has the events of the
+    jobs that there are, and no others.
+    """
 
     async def events(self, after_seq: int, limit: int) -> list[Event]:
-        """Events after a cursor, oldest first."""
+        """Events after a cursor, oldest first. Ask ``oldest`` afterwards whether it was all."""
         ...
 
     async def oldest(self) -> int:
-        """The smallest seq that can still be read (seq + 1 when the log is empty)."""
+        """The seq from which on nothing is missing; it rises as the log grows (keep_events)."""
         ...
 
     async def history(self, job_id: str, after_version: int, limit: int) -> list[Event]:
@@ -565,14 +628,17 @@ class Blobs(Protocol):
         ...
 
 
-def open_state(url: str, durability: str) -> State:
-    """The State that a URL names: ``sqlite:///folder/state.db``."""
+def open_state(url: str, durability: str, keep_events: int = KEEP_EVENTS) -> State:
+    """The State that a URL names: ``sqlite:///folder/state.db``.
+
+    Its log is whole for at least its newest ``keep_events`` events.
+    """
     from storage.state_sqlite import SqliteState  # noqa: PLC0415 - a backend loads when it is named
 
     scheme, _, path = url.partition("://")
     if scheme != "sqlite":
         raise SluiceError("bad-request", f"No state backend is known for {scheme!r}.")
-    return SqliteState(Path(path), durability)
+    return SqliteState(Path(path), durability, keep_events)
 
 
 def open_blobs(url: str, durability: str) -> Blobs:

@@ -30,6 +30,8 @@ import msgspec
 
 from errors import SluiceError
 from storage import (
+    KEEP_EVENTS,
+    KEY_KEPT_MS,
     UNSET,
     Boot,
     Event,
@@ -37,10 +39,14 @@ from storage import (
     File,
     Filter,
     Job,
+    Key,
     Page,
     Progress,
+    Spent,
     Stale,
     Undo,
+    Used,
+    matches_text,
 )
 
 T = TypeVar("T")
@@ -52,6 +58,8 @@ _CHECKPOINT_S = 1.0
 _LEASE_S = 15.0  # for the commit that must follow a claim
 _LOG_LINES = 10_000  # kept for each job
 _ABOVE = 1 << 62  # beyond every number
+_TRIM = 500  # events that the log forgets in one group
+_SEARCH = 2000  # names that one call of find looks at for a text
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
@@ -110,6 +118,10 @@ CREATE TRIGGER IF NOT EXISTS files_in AFTER INSERT ON files BEGIN
         ON CONFLICT DO UPDATE SET files = files + 1, bytes = bytes + new.bytes; END;
 CREATE TRIGGER IF NOT EXISTS files_out AFTER DELETE ON files BEGIN
     UPDATE stored SET files = files - 1, bytes = bytes - old.bytes WHERE owner = old.owner; END;
+CREATE TABLE IF NOT EXISTS keys (
+    owner TEXT, key TEXT, fingerprint TEXT NOT NULL, job TEXT NOT NULL, version INTEGER NOT NULL,
+    at INTEGER NOT NULL, PRIMARY KEY (owner, key)) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS keys_at ON keys (at);
 CREATE TABLE IF NOT EXISTS lines (
     job TEXT, n INTEGER, at INTEGER NOT NULL, line TEXT NOT NULL, PRIMARY KEY (job, n)
     ) WITHOUT ROWID;
@@ -136,9 +148,13 @@ class _Write(NamedTuple):
 class SqliteState:
     """The State contract over one SQLite file in WAL mode. One process opens it at a time."""
 
-    def __init__(self, path: Path, durability: str = "interval") -> None:
+    def __init__(
+        self, path: Path, durability: str = "interval", keep_events: int = KEEP_EVENTS
+    ) -> None:
         self._path = path
         self._strict = durability != "never"
+        self._keep_events = keep_events
+        self._trimming = False
         self._queue: list[_Write] = []
         self._flushing: asyncio.TimerHandle | asyncio.Handle | None = None
         self._not_before = 0.0
@@ -174,7 +190,9 @@ class SqliteState:
         lost = not same_boot and meta.get("strict") == "0" and meta.get("clean") != "1"
         epoch = meta.get("epoch") if not lost else None
         self._incarnation = int(meta.get("incarnation", "0")) + 1
+        self._oldest = int(meta.get("oldest") or self._first_whole())
         meta = {
+            "oldest": str(self._oldest),
             "epoch": epoch or os.urandom(6).hex(),
             "incarnation": str(self._incarnation),
             "boot_id": boot_id,
@@ -191,6 +209,13 @@ class SqliteState:
             "SELECT coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'events'), 0)"
         ).fetchone()[0]
         return Boot(meta["epoch"], self._incarnation, self._seq, same_boot)
+
+    def _first_whole(self) -> int:
+        """From where on the log has no holes, in a file that does not say it."""
+        least, newest, n = self._con.execute(
+            "SELECT coalesce(min(seq), 1), coalesce(max(seq), 0), count(*) FROM events"
+        ).fetchone()
+        return 1 if (least, n) == (1, newest) else int(newest) + 1
 
     async def close(self) -> None:
         """Write what is queued, note that the stop was clean, fold the WAL in, close."""
@@ -249,6 +274,7 @@ class SqliteState:
             self._flushing = asyncio.get_running_loop().call_soon(self._flush)
         self._tidy_later()
         self._announce()
+        self._trim()
 
     def _begin(self, full: bool) -> None:
         if full != self._full:
@@ -265,7 +291,7 @@ class SqliteState:
             if not self._con.in_transaction:  # SQLite gave the whole group up (a full disk)
                 raise
             self._con.execute("ROLLBACK TO one")
-            result = error if isinstance(error, Stale | Fenced) else _refusal(error)
+            result = error if isinstance(error, Stale | Fenced | Spent) else _refusal(error)
         self._con.execute("RELEASE one")
         return result
 
@@ -278,6 +304,30 @@ class SqliteState:
         for waiter in self._waiters:
             if not waiter.done():
                 waiter.set_result(self._seq)
+
+    def _trim(self) -> None:
+        """Let the log forget, a slice at a time, what is too old and of jobs that are no more."""
+        over = self._seq + 1 - self._oldest - self._keep_events
+        if self._trimming or over <= self._keep_events // 10:
+            return
+        begin, end = self._oldest, self._oldest + min(over, _TRIM)
+        self._trimming = True
+
+        def change(con: sqlite3.Connection) -> None:
+            con.execute(
+                "DELETE FROM events WHERE seq >= ? AND seq < ?"
+                " AND NOT EXISTS (SELECT 1 FROM jobs WHERE id = events.job)",
+                (begin, end),
+            )
+            con.execute("UPDATE meta SET value = ? WHERE key = 'oldest'", (str(end),))
+
+        def done(written: asyncio.Future[None]) -> None:
+            self._trimming = False
+            if not written.cancelled() and written.exception() is None:
+                self._oldest = end
+                self._trim()
+
+        asyncio.ensure_future(self._write(change, full=False)).add_done_callback(done)
 
     def _tidy_later(self) -> None:
         if self._checkpoint is None:
@@ -295,7 +345,7 @@ class SqliteState:
     # Jobs
 
     async def create(
-        self, job: Job, event: Event, *, live_name: str | None = None
+        self, job: Job, event: Event, *, live_name: str | None = None, key: Key | None = None
     ) -> tuple[Job, bool]:
         """See the contract."""
 
@@ -306,7 +356,10 @@ class SqliteState:
                     (job.owner, live_name),
                 ).fetchone()
                 if held is not None:
-                    return _job(held), False
+                    found = _job(held)
+                    _spend(con, key, found.id, found.version)
+                    return found, False
+            _spend(con, key, job.id, job.version)
             row = con.execute("SELECT seq FROM sqlite_sequence WHERE name='jobs'").fetchone()
             made = msgspec.structs.replace(
                 job, h=(row[0] if row else 0) + 1, incarnation=self._incarnation
@@ -353,10 +406,12 @@ class SqliteState:
         was_version: int,
         fence: int | None = None,
         files: Sequence[File] = (),
+        key: Key | None = None,
     ) -> int:
         """See the contract."""
 
         def change(con: sqlite3.Connection) -> int:
+            _spend(con, key, job.id, job.version)
             self._guard(con, job.id, was_version, fence)
             live = _live(job)
             con.execute(
@@ -413,7 +468,7 @@ class SqliteState:
             columns["stored_bytes"] = stored_bytes
         if progress is not None:
             columns["progress"] = _encode(progress)
-        columns["saved_at"] = time.time_ns() // 1_000_000
+        columns["saved_at"] = _now_ms()
         sets = ", ".join(f"{column}=?" for column in columns)
 
         def change(con: sqlite3.Connection) -> None:
@@ -477,14 +532,17 @@ class SqliteState:
     async def find(self, filter: Filter, after: int | None, limit: int) -> Page[Job]:
         """See the contract. First the numbers, from indexes alone, then the rows of one page."""
         key = after if after is not None else _ABOVE
+        looked = limit if filter.text is None else _SEARCH
         found: list[int] = []
         for source, where, values in self._seeks(filter):
             rows = self._con.execute(
                 f"SELECT h FROM {source} WHERE {where} AND h < ? ORDER BY h DESC LIMIT ?",
-                (*values, key, limit + 1),
+                (*values, key, looked + 1),
             )
             found += [row[0] for row in rows]
         found.sort(reverse=True)
+        if filter.text is not None:
+            return self._search(filter.text, found[:_SEARCH], limit, len(found) > _SEARCH)
         page = self._con.execute(
             f"SELECT {_COLUMNS} FROM jobs WHERE h IN (SELECT value FROM json_each(?))"
             " ORDER BY h DESC",
@@ -492,6 +550,24 @@ class SqliteState:
         )
         jobs = [_job(row) for row in page]
         return Page(jobs, jobs[-1].h if len(found) > limit else None)
+
+    def _search(self, text: str, among: Sequence[int], limit: int, more: bool) -> Page[Job]:
+        """The first jobs of some that a text finds; ``more``: there are others behind them."""
+        names = self._con.execute(
+            "SELECT h, name, id FROM jobs WHERE h IN (SELECT value FROM json_each(?))"
+            " ORDER BY h DESC",
+            (_encode(among).decode(),),
+        )
+        found = [h for h, name, job_id in names if matches_text(text, name, job_id)]
+        rows = self._con.execute(
+            f"SELECT {_COLUMNS} FROM jobs WHERE h IN (SELECT value FROM json_each(?))"
+            " ORDER BY h DESC",
+            (_encode(found[:limit]).decode(),),
+        )
+        jobs = [_job(row) for row in rows]
+        if len(found) > limit:
+            return Page(jobs, jobs[-1].h)
+        return Page(jobs, among[-1] if more else None)
 
     def _seeks(self, filter: Filter) -> Iterator[tuple[str, str, list[Any]]]:
         """The walks down an index (source, where, values) that together find what matches.
@@ -545,17 +621,44 @@ class SqliteState:
             (-job.priority, job.rank, job.h),
         ).fetchone()[0]
 
-    async def delete(self, job_id: str, event: Event, *, was_version: int) -> int:
+    async def delete(
+        self, job_id: str, event: Event, *, was_version: int, key: Key | None = None
+    ) -> int:
         """See the contract."""
 
         def change(con: sqlite3.Connection) -> int:
+            _spend(con, key, job_id, event.version)
             self._guard(con, job_id, was_version, None)
             con.execute("DELETE FROM jobs WHERE id = ?", (job_id,))
-            con.execute("DELETE FROM events WHERE job = ?", (job_id,))
+            con.execute(  # what is older than the log is whole was kept for the job's history
+                "DELETE FROM events WHERE job = ?"
+                " AND seq < (SELECT CAST(value AS INTEGER) FROM meta WHERE key = 'oldest')",
+                (job_id,),
+            )
             con.execute("DELETE FROM lines WHERE job = ?", (job_id,))
             return self._log_event(con, event, None)
 
         return await self._write(change)  # type: ignore[no-any-return]
+
+    async def spend(self, key: Key, job: str, version: int) -> None:
+        """See the contract."""
+        await self._write(lambda con: _spend(con, key, job, version))
+
+    async def used(self, owner: str, key: str) -> Used | None:
+        """See the contract."""
+        return _used(self._con, owner, key)
+
+    async def forget_keys(self, before: int, limit: int) -> int:
+        """See the contract."""
+
+        def change(con: sqlite3.Connection) -> int:
+            return con.execute(
+                "DELETE FROM keys WHERE (owner, key) IN"
+                " (SELECT owner, key FROM keys WHERE at < ? ORDER BY at LIMIT ?)",
+                (before, limit),
+            ).rowcount
+
+        return await self._write(change, full=False)  # type: ignore[no-any-return]
 
     async def ended_before(self, at: int, limit: int) -> list[Job]:
         """Final jobs that ended before ``at``, oldest first."""
@@ -632,8 +735,8 @@ class SqliteState:
 
     async def oldest(self) -> int:
         """See the contract."""
-        row = self._con.execute("SELECT min(seq) FROM events").fetchone()
-        return row[0] if row[0] is not None else self._seq + 1
+        row = self._con.execute("SELECT value FROM meta WHERE key = 'oldest'").fetchone()
+        return int(row[0])
 
     async def history(self, job_id: str, after_version: int, limit: int) -> list[Event]:
         """See the contract."""
@@ -753,6 +856,29 @@ def _refusal(error: BaseException) -> SluiceError:
     refusal = SluiceError("internal")
     refusal.__cause__ = error
     return refusal
+
+
+def _used(con: sqlite3.Connection, owner: str, key: str) -> Used | None:
+    row = con.execute(
+        "SELECT fingerprint, job, version FROM keys WHERE owner = ? AND key = ? AND at > ?",
+        (owner, key, _now_ms() - KEY_KEPT_MS),
+    ).fetchone()
+    return Used(*row) if row else None
+
+
+def _spend(con: sqlite3.Connection, key: Key | None, job: str, version: int) -> None:
+    """Write down what has spent a key, before the change: if that fails, it is taken back, too."""
+    if key is None:
+        return
+    if (used := _used(con, key.owner, key.key)) is not None:
+        raise Spent(used)
+    con.execute(
+        "INSERT OR REPLACE INTO keys VALUES (?, ?, ?, ?, ?, ?)", (*key, job, version, _now_ms())
+    )
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
 
 
 def _live(job: Job) -> int | None:

@@ -8,6 +8,7 @@ behind the contract in ``storage/__init__.py``.
 import asyncio
 import json
 import random
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ from hypothesis.stateful import (
 
 from errors import SluiceError
 from storage import (
+    KEY_KEPT_MS,
     UNSET,
     Artifact,
     By,
@@ -33,13 +35,16 @@ from storage import (
     File,
     Filter,
     Job,
+    Key,
     Progress,
     Result,
     Rollback,
+    Spent,
     Stale,
     State,
     Transfer,
     Undo,
+    Used,
     open_state,
 )
 from tests.storage.rows import FINAL, a_file, a_job, its_event, moved
@@ -53,6 +58,8 @@ MODEL = settings(
     max_examples=40,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
+
+KEY = Key("ann", "k1", "print")
 
 
 async def start(state: State, job: Job, **options: Any) -> Job:
@@ -834,19 +841,184 @@ class Finding:
         assert await state.ended_before(100, 9) == []
 
 
+class Searching:
+    """``find`` with a text."""
+
+    async def test_a_text_is_part_of_a_name_or_an_id(self, state: State) -> None:
+        """In any case and script, together with the other filters; an id only as a whole."""
+        names = ["Report.csv", "GRÖSSE 文件", "größe", "other"]
+        jobs = [a_job(f"j{i}", name=name) for i, name in enumerate(names)]
+        await start_all(state, [*jobs, a_job("j9", name="report 2", owner="bob")])
+
+        async def found(text: str, **more: Any) -> list[str]:
+            page = await state.find(Filter(owner="ann", text=text, **more), None, 9)
+            assert page.next is None
+            return ids(page.items)
+
+        assert await found("report") == ["j0"]
+        assert await found("GRÖSSE") == ["j2", "j1"]
+        assert await found("größe") == ["j2", "j1"]
+        assert await found("件") == ["j1"]
+        assert await found("j3") == ["j3"]
+        assert await found("j") == []
+        assert await found("r", states=("running",)) == []
+        assert await found("r", states=("queued",)) == ["j3", "j2", "j1", "j0"]
+        assert await found("%") == []
+
+    async def test_a_search_looks_at_so_many_at_a_time(self, state: State) -> None:
+        """A page may be empty and promise more; following it finds each job once, newest first."""
+        wanted = {0, 1, 700, 2500, 4001}
+        made = [
+            a_job(f"j{i}", name=f"needle {i}" if i in wanted else f"hay {i}") for i in range(4500)
+        ]
+        for at in range(0, len(made), 500):
+            await start_all(state, made[at : at + 500])
+        found, after, pages = [], None, 0
+        while pages == 0 or after is not None:
+            page = await state.find(Filter(owner="ann", text="NEEDLE"), after, 2)
+            found += ids(page.items)
+            assert len(page.items) <= 2
+            after, pages = page.next, pages + 1
+        assert found == ["j4001", "j2500", "j700", "j1", "j0"]
+        assert pages <= 6
+
+
+class Keying:
+    """Keys of commands."""
+
+    async def test_a_key_is_spent_with_the_change(self, state: State) -> None:
+        """Each kind of change keeps, with its key, the job and the version after it."""
+        made = await start(state, a_job(), key=KEY)
+        await state.commit(
+            after := moved(made, "failed"),
+            its_event(after, made),
+            was_version=1,
+            key=KEY._replace(key="k2"),
+        )
+        gone = moved(after, "deleted")
+        await state.delete("j1", its_event(gone, after), was_version=2, key=KEY._replace(key="k3"))
+        await state.spend(KEY._replace(key="k4"), "j1", 3)
+        assert [await state.used("ann", f"k{i}") for i in range(1, 6)] == [
+            Used("print", "j1", 1),
+            Used("print", "j1", 2),
+            Used("print", "j1", 3),
+            Used("print", "j1", 3),
+            None,
+        ]
+
+    async def test_a_repeat_changes_nothing(self, state: State) -> None:
+        """Under a spent key nothing is created, committed, deleted or spent, whatever it says."""
+        job = await start(state, a_job(state="failed"), key=KEY)
+        before = await log_of(state)
+        after = moved(job, "queued")
+        for repeat in (
+            state.create(a_job("j2"), its_event(a_job("j2")), key=KEY),
+            state.create(a_job("j2"), its_event(a_job("j2")), key=KEY._replace(fingerprint="?")),
+            state.commit(after, its_event(after, job), was_version=1, key=KEY),
+            state.commit(after, its_event(after, job), was_version=7, key=KEY),
+            state.delete("j1", its_event(after, job), was_version=1, key=KEY),
+            state.spend(KEY, "j2", 5),
+        ):
+            with pytest.raises(Spent) as spent:
+                await repeat
+            assert spent.value.used == Used("print", "j1", 1)
+        assert await log_of(state) == before
+        assert await the(state) == job
+        assert await state.get("j2") is None
+
+    async def test_keys_belong_to_owners(self, state: State) -> None:
+        """The same key of another owner is another key."""
+        await start(state, a_job(), key=KEY)
+        assert await state.used("bob", "k1") is None
+        await start(state, a_job("j2", owner="bob"), key=KEY._replace(owner="bob"))
+        assert await state.used("bob", "k1") == Used("print", "j2", 1)
+        assert await state.used("ann", "k1") == Used("print", "j1", 1)
+
+    async def test_racing_creations_with_one_key_make_one_job(self, state: State) -> None:
+        """Of commands that come together under one key one is obeyed."""
+        done = await asyncio.gather(
+            *(start(state, a_job(f"{i}"), key=KEY) for i in range(5)), return_exceptions=True
+        )
+        made = [result for result in done if isinstance(result, Job)]
+        spent = [result.used.job for result in done if isinstance(result, Spent)]
+        assert len(made) == 1
+        assert spent == [made[0].id] * 4
+        assert await state.counts(None) == {"queued": 1}
+
+    async def test_a_held_live_name_spends_the_key_too(self, state: State) -> None:
+        """A creation that finds the live job keeps that one with its key."""
+        await start(state, a_job(), live_name="numbers")
+        job = a_job("j2")
+        _, created = await state.create(job, its_event(job), live_name="numbers", key=KEY)
+        assert not created
+        assert await state.used("ann", "k1") == Used("print", "j1", 1)
+
+    async def test_a_change_that_fails_leaves_the_key(self, state: State) -> None:
+        """A key is not spent by a change that was refused."""
+        job = await start(state, a_job())
+        after = moved(job, "running")
+        with pytest.raises(Stale):
+            await state.commit(after, its_event(after, job), was_version=7, key=KEY)
+        with pytest.raises(Fenced):
+            await state.commit(after, its_event(after, job), was_version=1, fence=9, key=KEY)
+        with pytest.raises(Stale):
+            await state.delete("j1", its_event(after, job), was_version=7, key=KEY)
+        with pytest.raises(SluiceError):
+            await state.create(job, its_event(job), key=KEY)
+        assert await state.used("ann", "k1") is None
+        await state.commit(after, its_event(after, job), was_version=1, key=KEY)
+        assert await state.used("ann", "k1") == Used("print", "j1", 2)
+
+    async def test_a_key_is_kept_for_a_day(
+        self, state: State, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """After 24 hours a key is as good as new."""
+        began = time.time_ns() // 1_000_000
+        now = began
+        monkeypatch.setattr(time, "time_ns", lambda: now * 1_000_000)
+        await start(state, a_job(), key=KEY)
+        now = began + KEY_KEPT_MS - 1
+        assert await state.used("ann", "k1") is not None
+        with pytest.raises(Spent):
+            await state.spend(KEY, "j1", 2)
+        now = began + KEY_KEPT_MS
+        assert await state.used("ann", "k1") is None
+        await state.spend(KEY, "j1", 2)
+        assert await state.used("ann", "k1") == Used("print", "j1", 2)
+
+    async def test_keys_are_forgotten_in_slices(
+        self, state: State, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The oldest keys go first, as many as were asked for."""
+        began = time.time_ns() // 1_000_000
+        for i in range(5):
+            monkeypatch.setattr(time, "time_ns", lambda at=began + i: at * 1_000_000)
+            await state.spend(KEY._replace(key=f"{i}"), "j1", i)
+        assert await state.forget_keys(began + 4, 3) == 3
+        assert await state.used("ann", "2") is None
+        assert await state.used("ann", "3") is not None
+        assert await state.forget_keys(began + 4, 3) == 1
+        assert await state.forget_keys(began + 4, 3) == 0
+        assert await state.used("ann", "4") is not None
+
+
 class Deleting:
     """``delete``."""
 
-    async def test_a_deleted_job_leaves_one_event(self, state: State) -> None:
-        """Row, history and log lines go; the log keeps what tells subscribers."""
+    async def test_a_deleted_job_leaves_its_events(self, state: State) -> None:
+        """Row and log lines go; the log keeps all that subscribers may not have read yet."""
         await start(state, a_job("other"))
         job = await move(state, await start(state, a_job()), "succeeded")
         await state.log("j1", ["line"], 5)
         assert await forget(state, job) == 4
         assert await state.get("j1") is None
         assert await state.lines("j1", 0, 9) == []
-        assert [event.to for event in await state.history("j1", 0, 9)] == ["deleted"]
-        assert await log_of(state) == [(1, "other", 1, "queued"), (4, "j1", 3, "deleted")]
+        assert await log_of(state) == [
+            (1, "other", 1, "queued"),
+            (2, "j1", 1, "queued"),
+            (3, "j1", 2, "succeeded"),
+            (4, "j1", 3, "deleted"),
+        ]
         assert ids((await state.find(Filter(), None, 9)).items) == ["other"]
 
     async def test_an_old_version_is_not_deleted(self, state: State) -> None:
@@ -863,7 +1035,7 @@ class Deleting:
         job = await start(state, a_job(state="failed"))
         done = await asyncio.gather(*(forget(state, job) for _ in range(5)), return_exceptions=True)
         assert sum(isinstance(result, Stale) for result in done) == 4
-        assert len(await log_of(state)) == 1
+        assert len(await log_of(state)) == 2
 
     async def test_files_outlive_their_job(self, state: State) -> None:
         """Deleting a job does not forget what it stored."""
@@ -944,14 +1116,31 @@ class Logging:
         assert await state.events(6, 9) == []
         assert await state.events(99, 9) == []
 
-    async def test_the_oldest_event(self, state: State) -> None:
-        """The log says from where on it can be read; if it is empty, from its next number."""
+    async def test_the_log_is_whole_from_its_oldest_on(self, url: str) -> None:
+        """What is older than keep_events goes with jobs that are no more; of others it stays."""
+        state = open_state(url, "never", 20)
+        await state.open()
+        stays = await move(state, await start(state, a_job("stays")), "succeeded")
         assert await state.oldest() == 1
-        job = await start(state, a_job())
-        await start(state, a_job("j2"))
-        assert await state.oldest() == 1
-        await forget(state, job)
-        assert await state.oldest() == 2
+        for i in range(30):
+            await forget(state, await start(state, a_job(f"j{i}", state="failed")))
+            newest, oldest = 2 + 2 * (i + 1), await state.oldest()
+            assert newest + 1 - oldest >= min(20, newest)
+            seqs = [seq for seq, *_ in await log_of(state)]
+            assert seqs[-20:] == list(range(newest + 1 - len(seqs[-20:]), newest + 1))
+            assert [event.seq for event in await state.history("stays", 0, 9)] == [1, 2]
+        for _ in range(20):  # each commit may let some more go, after it was acknowledged
+            await state.save("stays", 0, cursor=1)
+        oldest = await state.oldest()
+        assert 62 + 1 - oldest <= 22
+        assert [seq for seq, *_ in await log_of(state)] == [1, 2, *range(oldest, 63)]
+        await state.close()
+        state = open_state(url, "never", 20)
+        await state.open()
+        assert await state.oldest() == oldest
+        await forget(state, stays)
+        assert [seq for seq, *_ in await log_of(state)] == [*range(oldest, 64)]
+        await state.close()
 
     async def test_the_history_of_a_job(self, state: State) -> None:
         """A job's own events after a version, oldest first."""
@@ -1311,7 +1500,7 @@ class Restarting:
         state = open_state(url, "interval")
         assert (await state.open()).seq == 3
         assert (await start(state, a_job("j3"))).h > jobs[1].h
-        assert [seq for seq, *_ in await log_of(state)] == [1, 3, 4]
+        assert [seq for seq, *_ in await log_of(state)] == [1, 2, 3, 4]
         await state.close()
 
     async def test_every_epoch_is_its_own(self, new_url: NewUrl) -> None:
@@ -1357,6 +1546,19 @@ class Restarting:
         newest = await state.newest("ann", "data.csv")
         assert newest is not None
         assert newest.version == 3
+        await state.close()
+
+    async def test_keys_are_kept(self, url: str) -> None:
+        """A key that was spent is spent after a restart."""
+        state = open_state(url, "interval")
+        await state.open()
+        await start(state, a_job(), key=KEY)
+        await state.close()
+        state = open_state(url, "interval")
+        await state.open()
+        assert await state.used("ann", "k1") == Used("print", "j1", 1)
+        with pytest.raises(Spent):
+            await start(state, a_job("j2"), key=KEY)
         await state.close()
 
     async def test_rows_tell_whose_they_are(self, url: str) -> None:
@@ -1408,6 +1610,7 @@ class Restarting:
 
 
 STATES = ("queued", "running", "paused", "succeeded", "failed")
+KEPT = 10  # events, of the log
 
 
 class Machine(RuleBasedStateMachine):
@@ -1439,7 +1642,7 @@ class Machine(RuleBasedStateMachine):
 
     @initialize()
     def open(self) -> None:
-        self.state = open_state(self.url, "never")
+        self.state = open_state(self.url, "never", KEPT)
         self.boot = self.do(self.state.open())
 
     def teardown(self) -> None:
@@ -1546,13 +1749,12 @@ class Machine(RuleBasedStateMachine):
             return
         del self.jobs[read.id]
         self.leased.discard(read.id)
-        self.log = [entry for entry in self.log if entry[1] != read.id]
         self.happened(read.id, read.version + 1, "deleted")
 
     @rule()
     def restart(self) -> None:
         self.do(self.state.close())
-        self.state = open_state(self.url, "never")
+        self.state = open_state(self.url, "never", KEPT)
         boot = self.do(self.state.open())
         assert boot == (self.boot.epoch, self.boot.incarnation + 1, self.seq, True)
         self.boot = boot
@@ -1571,7 +1773,9 @@ class Machine(RuleBasedStateMachine):
         found = self.do(self.state.find(Filter(), None, 500)).items
         rows = {job.id: msgspec.structs.replace(job, saved_at=0) for job in found}
         assert rows == self.jobs
-        assert self.do(log_of(self.state)) == self.log
+        log, oldest = self.do(log_of(self.state)), self.do(self.state.oldest())
+        assert self.seq + 1 - oldest >= min(KEPT, self.seq)
+        assert log == [entry for entry in self.log if entry[0] >= oldest or entry[1] in self.jobs]
         counts: dict[str, int] = {}
         for job in self.jobs.values():
             counts[job.state] = counts.get(job.state, 0) + 1

@@ -53,6 +53,14 @@ class TestFinding(suite.Finding):
     """Over every backend."""
 
 
+class TestSearching(suite.Searching):
+    """Over every backend."""
+
+
+class TestKeying(suite.Keying):
+    """Over every backend."""
+
+
 class TestDeleting(suite.Deleting):
     """Over every backend."""
 
