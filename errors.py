@@ -120,6 +120,10 @@ CATALOGUE: dict[str, Entry] = {
     "too-many-uploads": Entry(
         429, "Too many uploads are unfinished", True, "Finish or cancel some of them."
     ),
+    "busy": Entry(429, "Too many commands at once", True, "Wait for the answers to earlier ones."),
+    "key-reused": Entry(
+        422, "The key was used for another command", False, "Give each command a key of its own."
+    ),
     "queue-full": Entry(429, "Too many jobs are waiting", True, "Try again later."),
     "too-many-sockets": Entry(429, "Too many live channels are open", True, "Close one of them."),
     # The service

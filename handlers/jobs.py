@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from datetime import datetime
-from typing import Annotated, Any
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -12,21 +10,13 @@ from msgspec import UNSET, UnsetType
 from errors import SluiceError
 from handlers.base import BaseHandler, pairs_of
 from jobs import Filter, Job
+from jobs.commands import StartRequest, start
 from jobs.rows import event_row, rfc3339
 from jobs.states import STATES
 
 _VERSION = re.compile(r'(?:W/)?"?(\d{1,18})"?')
 _FILTERS = ("state", "kind", "owner")
-
-
-class StartRequest(msgspec.Struct, forbid_unknown_fields=True):
-    """The body of a start."""
-
-    kind: Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
-    params: dict[str, Any] = {}
-    name: Annotated[str, msgspec.Meta(min_length=1, max_length=200)] | None = None
-    priority: Annotated[int, msgspec.Meta(ge=0, le=9)] = 5
-    not_before: datetime | None = None
+_TEXT_CHARS = 200
 
 
 class ChangeRequest(msgspec.Struct, forbid_unknown_fields=True):
@@ -51,15 +41,16 @@ class JobsHandler(BaseHandler):
             owner="" if foreign else owner,
             kinds=tuple(filters["kind"]),
             states=tuple(filters["state"]),
+            text=_text(values),
         )
+        cursor = self.services.hub.cursor  # before the rows: what happens meanwhile follows it
         page = await manager.find(where, after, limit)
-        hub = self.services.hub
         self.set_header("Cache-Control", "no-store")
         self.reply(
             {
                 "items": [manager.row(job) for job in page.items],
                 "next": str(page.next) if page.next is not None else None,
-                "cursor": f"{hub.epoch}:{hub.seq}",
+                "cursor": str(cursor),
                 "counts": await manager.counts(owner),
             }
         )
@@ -70,7 +61,7 @@ class JobsHandler(BaseHandler):
         for name, value in pairs_of(self.request.query):
             if name in filters:
                 filters[name].append(value)
-            elif name in ("limit", "after"):
+            elif name in ("limit", "after", "q"):
                 values[name] = value
             else:
                 raise SluiceError("invalid-field", f"{name[:80]} is not known here.", field=name)
@@ -83,26 +74,13 @@ class JobsHandler(BaseHandler):
 
     async def post(self) -> None:
         """Start a process."""
-        asked = self.json(StartRequest)
-        manager = self.services.manager
-        not_before = None
-        if asked.not_before is not None:
-            if asked.not_before.tzinfo is None or not 1970 < asked.not_before.year < 9999:
-                raise SluiceError(
-                    "invalid-field",
-                    "not_before needs a time zone, and a year from 1971 to 9998.",
-                    field="not_before",
-                )
-            not_before = int(asked.not_before.timestamp() * 1000)
-        job, _ = await manager.start(
-            asked.kind,
-            manager.parse(asked.kind, asked.params),
-            owner=self.caller.owner,
-            client=self.caller.client,
-            by=self.caller.by("rest"),
-            name=asked.name,
-            priority=asked.priority,
-            not_before=not_before,
+        caller = self.caller
+        job = await start(
+            self.services.manager,
+            self.json(StartRequest),
+            owner=caller.owner,
+            client=caller.client,
+            by=caller.by("rest"),
         )
         await reply_job(self, job, 201)
 
@@ -203,6 +181,14 @@ class KindsHandler(BaseHandler):
             {"kind": "download", "title": "A file on its way out", "startable": False},
         ]
         self.reply({"items": transfers + self.services.manager.kinds.describe(), "next": None})
+
+
+def _text(values: dict[str, str]) -> str | None:
+    """What is searched for. Raises invalid-field."""
+    text = values.get("q") or None
+    if text is not None and len(text) > _TEXT_CHARS:
+        raise SluiceError("invalid-field", f"q has at most {_TEXT_CHARS} characters.", field="q")
+    return text
 
 
 async def reply_job(handler: BaseHandler, job: Job, status: int) -> None:

@@ -25,6 +25,7 @@ from jobs.kinds import Registry
 from jobs.rows import job_row
 from jobs.states import Effect, Facts, Input
 from storage import (
+    KEY_KEPT_MS,
     UNSET,
     Boot,
     By,
@@ -33,12 +34,14 @@ from storage import (
     File,
     Filter,
     Job,
+    Key,
     Page,
     Progress,
     Rollback,
     Stale,
     State,
     Transfer,
+    Used,
 )
 
 log = logging.getLogger("sluice.jobs")
@@ -47,6 +50,7 @@ _TICK_S = 0.1  # how often progress is told
 _TICKS_A_SAVE = 10  # and how much rarer it is saved
 _RETENTION_S = 60.0
 _BATCH = 100  # transitions committed together at start-up
+_KEYS = 1000  # forgotten together
 _CONCLUDE_S = 2.0  # that a request waits for the commit of its outcome
 _AGAIN_S = 1.0  # before a report that could not be committed is tried again
 
@@ -209,11 +213,13 @@ class Manager:
         not_before: int | None = None,
         live_name: bool = False,
         retry_of: str | None = None,
+        key: Key | None = None,
     ) -> tuple[Job, bool]:
         """Create a job of a process kind with checked ``params``; it starts when a slot is free.
 
         With ``live_name`` the name is unique among the owner's live jobs: a live one is returned
-        instead, with False. Raises unknown-kind, queue-full, stopping.
+        instead, with False. Raises unknown-kind, queue-full, stopping, and Spent for a key that
+        was used, as all that take one.
         """
         self._check_startable(kind)
         if self.kinds.get(kind) is None:
@@ -238,7 +244,7 @@ class Manager:
             retry_of=retry_of,
             progress=Progress(unit=self.unit(kind)),
         )
-        return await self._create(job, by, name if live_name else None)
+        return await self._create(job, by, name if live_name else None, key)
 
     async def begin(
         self,
@@ -280,6 +286,7 @@ class Manager:
         by: By,
         if_version: int | None = None,
         force: bool = False,
+        key: Key | None = None,
     ) -> tuple[Job, int]:
         """Pause, resume or cancel; the job after it, and 200 (done) or 202 (under way).
 
@@ -287,7 +294,7 @@ class Manager:
         """
         facts = self._facts(by=by, force=force)
         done = await self._step(
-            job_id, Input(verb), facts, owner=owner, if_version=if_version, command=True
+            job_id, Input(verb), facts, owner=owner, if_version=if_version, command=True, key=key
         )
         assert done is not None
         return done
@@ -302,6 +309,7 @@ class Manager:
         priority: int | None = None,
         limit_bytes_per_s: int | None = UNSET,
         if_version: int | None = None,
+        key: Key | None = None,
     ) -> Job:
         """Rename a job, move it in the queue, or limit its transfer; the job after it.
 
@@ -326,19 +334,31 @@ class Manager:
                 )
             change = {field: new for field, new in asked.items() if new != getattr(job, field)}
             if not change:
+                if key is not None:
+                    await self._state.spend(key, job.id, job.version)
                 return job
             cause = "renamed" if change.keys() == {"name"} else "command"
             try:
-                after = await self._commit(job, states.noted(job, by=by, **change), cause, by.actor)
+                after = states.noted(job, by=by, **change)
+                after = await self._commit(job, after, cause, by.actor, key=key)
             except Stale:
                 continue
             if "limit_bytes_per_s" in change:
                 self._driver(after).tune(after)
             return after
 
-    async def retry(self, job_id: str, *, owner: str, by: By) -> Job:
+    async def retry(
+        self,
+        job_id: str,
+        *,
+        owner: str,
+        by: By,
+        if_version: int | None = None,
+        key: Key | None = None,
+    ) -> Job:
         """A new job like one that has ended, from the start. Raises job-live, unknown-kind."""
         job = await self.get(job_id, owner)
+        _check_version(job, if_version)
         if job.state not in states.FINAL:
             raise SluiceError("job-live", f"The job is {job.state}.", job=job.id)
         again, _ = await self.start(
@@ -350,11 +370,18 @@ class Manager:
             name=job.name,
             priority=job.priority,
             retry_of=job.id,
+            key=key,
         )
         return again
 
     async def delete(
-        self, job_id: str, *, owner: str, by: By, if_version: int | None = None
+        self,
+        job_id: str,
+        *,
+        owner: str,
+        by: By,
+        if_version: int | None = None,
+        key: Key | None = None,
     ) -> None:
         """Forget a job that has ended, with its history. Its files stay. Raises job-live."""
         job = await self.get(job_id, owner)
@@ -362,9 +389,17 @@ class Manager:
         if job.state not in states.FINAL:
             raise SluiceError("job-live", f"The job is {job.state}.", job=job.id)
         try:
-            await self._delete(job, by.actor, "deleted")
+            await self._delete(job, by.actor, "deleted", key)
         except Stale:  # an ended job moves no more: somebody else has deleted it
             raise _unknown(job_id) from None
+
+    async def used(self, owner: str, key: str) -> Used | None:
+        """What was done under an idempotency key."""
+        return await self._state.used(owner, key)
+
+    async def spend(self, key: Key, job: str, version: int) -> None:
+        """Spend a key on what changes no single job. Raises Spent."""
+        await self._state.spend(key, job, version)
 
     async def get(self, job_id: str, owner: str) -> Job:
         """A job. Raises job-unknown."""
@@ -596,6 +631,7 @@ class Manager:
         fence: int | None = None,
         files: Sequence[File] = (),
         command: bool = False,
+        key: Key | None = None,
     ) -> tuple[Job, int] | None:
         while True:
             job = await self._state.get(job_id, owner)
@@ -610,6 +646,8 @@ class Manager:
             if decision is None:
                 return None
             if not decision.changed:
+                if key is not None:
+                    await self._state.spend(key, job.id, job.version)
                 self._act(job, decision.effects)
                 return job, decision.status
             after = decision.job
@@ -617,7 +655,7 @@ class Manager:
                 after = msgspec.structs.replace(after, fence=job.fence + 1)
             actor = facts.by.actor if facts.by is not None else "service"
             try:
-                after = await self._commit(job, after, decision.cause, actor, fence, files)
+                after = await self._commit(job, after, decision.cause, actor, fence, files, key)
             except Stale:
                 continue
             self._act(after, decision.effects)
@@ -631,22 +669,27 @@ class Manager:
         actor: str,
         fence: int | None = None,
         files: Sequence[File] = (),
+        key: Key | None = None,
     ) -> Job:
         glance = self._driver(after).glance(after, finished=after.state == states.SUCCEEDED)
         if glance.progress is not None:
             after = msgspec.structs.replace(after, progress=glance.progress)
         event = self._event(job.state, after, after.state, cause, actor, glance)
-        await self._state.commit(after, event, was_version=job.version, fence=fence, files=files)
+        await self._state.commit(
+            after, event, was_version=job.version, fence=fence, files=files, key=key
+        )
         self._remember(after)
         return after
 
-    async def _create(self, job: Job, by: By, live_name: str | None) -> tuple[Job, bool]:
+    async def _create(
+        self, job: Job, by: By, live_name: str | None, key: Key | None = None
+    ) -> tuple[Job, bool]:
         if not self._open:
             raise SluiceError("stopping", retry_after_s=5)
         job = states.created(job, self._facts(by=by))
         glance = self._driver(job).glance(job)
         event = self._event(None, job, job.state, "created", by.actor, glance)
-        made, created = await self._state.create(job, event, live_name=live_name)
+        made, created = await self._state.create(job, event, live_name=live_name, key=key)
         if created:
             self._remember(made)
             if made.state == states.QUEUED:
@@ -655,10 +698,10 @@ class Manager:
                 self._watch_due()
         return made, created
 
-    async def _delete(self, job: Job, actor: str, cause: str) -> None:
+    async def _delete(self, job: Job, actor: str, cause: str, key: Key | None = None) -> None:
         gone = states.noted(job)
         event = self._event(job.state, gone, states.DELETED, cause, actor, Glance(None, None))
-        await self._state.delete(job.id, event, was_version=job.version)
+        await self._state.delete(job.id, event, was_version=job.version, key=key)
 
     def _event(
         self, before: str | None, after: Job, to: str, cause: str, actor: str, glance: Glance
@@ -862,15 +905,23 @@ class Manager:
                 log.error("a driver could not save", exc_info=result)
 
     async def _retain(self) -> None:
-        """Forget jobs that ended long ago."""
+        """Forget jobs that ended long ago, and old keys."""
         while True:
             await asyncio.sleep(_RETENTION_S)
+            await self._forget_keys()
             before = now_ms() - int(self.limits.keep_jobs_s * 1000)
             for job in await self._state.ended_before(before, _BATCH):
                 try:
                     await self._delete(job, "service", "expired")
                 except Stale:
                     continue
+
+    async def _forget_keys(self) -> None:
+        try:
+            while await self._state.forget_keys(now_ms() - KEY_KEPT_MS, _KEYS) == _KEYS:
+                pass
+        except SluiceError as error:  # a full disk; the next round tries again
+            log.warning("old keys could not be forgotten: %s", error)
 
     async def _recover(self, job: Job) -> list[str]:
         blobs = await self._driver(job).recover(job, self._boot.same_boot)
