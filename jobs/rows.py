@@ -6,6 +6,7 @@ One shape for REST, the channel and the log. Times are RFC 3339 UTC with millise
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -17,8 +18,13 @@ def rfc3339(at: int | None) -> str | None:
     """A time in milliseconds since 1970 as ``2026-11-21T20:31:00.123Z``."""
     if at is None:
         return None
-    whole = datetime.fromtimestamp(at // 1000, UTC)
-    return f"{whole:%Y-%m-%dT%H:%M:%S}.{at % 1000:03d}Z"
+    return f"{_second(at // 1000)}.{at % 1000:03d}Z"
+
+
+@lru_cache(4096)
+def _second(at_s: int) -> str:
+    """A row has the same few times in it whenever its job moves."""
+    return f"{datetime.fromtimestamp(at_s, UTC):%Y-%m-%dT%H:%M:%S}"
 
 
 def progress_row(progress: Progress) -> dict[str, Any]:

@@ -1,9 +1,8 @@
-"""What subscribers see: the pure cursor, and the hub over a real log."""
+"""The hub over a real log."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,7 +12,8 @@ import msgspec
 import pytest
 
 from jobs import events as module
-from jobs.events import Hub, Select, Subscription, progress_frame, snap_frame
+from jobs.channel import Cursor, Select, Subscription, Sweep, text_frame
+from jobs.events import Hub, Lost
 from jobs.manager import Mark
 from storage import Event, Job, Progress
 from storage.state_sqlite import SqliteState
@@ -41,119 +41,6 @@ def a_mark(job: str = "j1", **change: Any) -> Mark:
     """The progress of one job."""
     mark = Mark(job, 7, 3, "ann", "count", "running", "numbers", Progress(done=5, total=9))
     return mark._replace(**change)
-
-
-def subscription(seq: int = 0, **select: Any) -> Subscription:
-    """A subscriber of ann's."""
-    return Subscription(1, "ann", Select(**select), seq)
-
-
-def read(frames: list[bytes]) -> list[Any]:
-    """The frames as JSON."""
-    return [json.loads(frame) for frame in frames]
-
-
-# ---- Subscription ----
-
-
-@pytest.mark.parametrize(
-    ("select", "wanted"),
-    [
-        ({}, True),
-        ({"kind": ("count",)}, True),
-        ({"kind": ("upload", "count")}, True),
-        ({"kind": ("upload",)}, False),
-        ({"jobs": ("j1",)}, True),
-        ({"jobs": ("j2",)}, False),
-        ({"state": ("running",)}, True),
-        ({"state": ("queued",)}, True),
-        ({"state": ("paused", "failed")}, False),
-        ({"state": ("running",), "kind": ("upload",)}, False),
-    ],
-)
-def test_filter_looks_at_the_old_and_the_new_state(select: dict[str, Any], wanted: bool) -> None:
-    """An event that enters or leaves the wanted states is seen; every other field must match."""
-    assert subscription(**select).wants(an_event(1)) is wanted
-
-
-def test_first_event_of_a_job_has_no_old_state() -> None:
-    """A job that is created in a wanted state is seen."""
-    one = subscription(state=("queued",))
-    assert one.wants(an_event(1, from_=None, to="queued"))
-    assert not one.wants(an_event(1, from_=None, to="running"))
-
-
-def test_other_owners_are_never_seen() -> None:
-    """Neither events nor progress of another owner pass, whatever the filter says."""
-    one = subscription(jobs=("j1",))
-    assert not one.wants(an_event(1, owner="bob"))
-    assert not one.wants_mark(a_mark(owner="bob"))
-
-
-def test_progress_is_filtered_as_well() -> None:
-    """A mark passes by the job's present state, kind and id."""
-    assert subscription(state=("running",), kind=("count",), jobs=("j1",)).wants_mark(a_mark())
-    assert not subscription(state=("paused",)).wants_mark(a_mark())
-    assert not subscription(kind=("upload",)).wants_mark(a_mark())
-    assert not subscription(jobs=("j2",)).wants_mark(a_mark())
-
-
-def test_each_frame_points_at_the_one_before() -> None:
-    """p is the s of the frame before, over skipped events, so that a hole can be noticed."""
-    one = subscription(seq=10, kind=("count",))
-    frames = read(
-        one.frames(
-            [an_event(11), an_event(12, kind="upload"), an_event(13), an_event(14, kind="upload")]
-        )
-    )
-    assert [(frame["p"], frame["s"]) for frame in frames] == [(10, 11), (11, 13)]
-    assert (one.sent, one.seq) == (13, 14)
-
-
-def test_frame_has_the_whole_row() -> None:
-    """An ev frame replaces a row: it has everything that is known of the transition."""
-    (frame,) = read(subscription().frames([an_event(1)]))
-    assert frame == {
-        "t": "ev",
-        "id": 1,
-        "s": 1,
-        "p": 0,
-        "from": "queued",
-        "to": "running",
-        "cause": "claimed",
-        "at": "2027-01-15T08:00:00.123Z",
-        "row": {"id": "j1"},
-    }
-
-
-def test_mark_moves_the_cursor_over_what_was_skipped() -> None:
-    """Events of others move the cursor by a mark, once; the next frame points at the mark."""
-    one = subscription(kind=("count",))
-    assert one.mark() is None
-    one.frames([an_event(1, kind="upload"), an_event(2, kind="upload")])
-    frame = one.mark()
-    assert frame is not None
-    assert json.loads(frame) == {"t": "mark", "id": 1, "s": 2}
-    assert one.mark() is None
-    assert read(one.frames([an_event(3)]))[0]["p"] == 2
-
-
-def test_progress_frame_is_a_short_row_for_each_job() -> None:
-    """Progress travels as arrays; an estimate is a pair or null."""
-    frame = json.loads(progress_frame([a_mark()]))
-    assert frame["t"] == "p"
-    assert frame["u"] == [[7, 3, 5, None, None, 9, None, None]]
-    assert frame["now"] > 1_700_000_000_000
-
-
-def test_snapshot_names_its_cursor() -> None:
-    """A page of rows says as of which seq it is, and whether more pages follow."""
-    frame = json.loads(snap_frame(1, "e1", 5, 0, False, [{"id": "j1"}], {"queued": 1}, 44))
-    assert (frame["t"], frame["epoch"], frame["s"], frame["last"]) == ("snap", "e1", 5, False)
-    assert (frame["jobs"], frame["counts"], frame["cursor"]) == ([{"id": "j1"}], {"queued": 1}, 44)
-
-
-# ---- Hub ----
 
 
 class Log:
@@ -191,6 +78,15 @@ class Log:
         event = an_event(0, job.id, version=job.version + 1, from_=job.state, to="deleted")
         await self.state.delete(job.id, event, was_version=job.version)
 
+    async def tell(self, marks: list[Mark]) -> None:
+        """Return when the hub knows this progress."""
+        while not self.state._progress:  # the hub listens when it first runs
+            await asyncio.sleep(0)
+        stamp = self.hub.latest.stamp
+        await self.state.progress_out(marks)
+        while self.hub.latest.stamp < stamp + len(marks):
+            await asyncio.sleep(0)
+
     async def caught_up(self) -> None:
         """Return when the hub has seen everything."""
         while self.hub.seq < self.state._seq:
@@ -198,9 +94,9 @@ class Log:
 
 
 @asynccontextmanager
-async def a_log(folder: Path, path: str = "state.db") -> AsyncIterator[Log]:
+async def a_log(folder: Path, path: str = "state.db", keep: int = 1000) -> AsyncIterator[Log]:
     """A log over a real file, with its hub running."""
-    state = SqliteState(folder / path)
+    state = SqliteState(folder / path, keep_events=keep)
     boot = await state.open()
     hub = Hub(state, boot)
     running = asyncio.create_task(hub.run())
@@ -244,20 +140,75 @@ async def test_cursor_that_lags_behind_the_ring_is_served_from_the_log(
         assert seen == list(range(1, 31))
 
 
-async def test_deleted_job_leaves_a_hole_that_hides_nothing(tmp_path: Path) -> None:
-    """Events that went with their job before anyone looked do not shift those of other jobs."""
-    async with a_log(tmp_path) as log:
-        first, gone = await log.create("first"), await log.create("gone")
-        first, gone = await asyncio.gather(log.move(first, "running"), log.move(gone, "succeeded"))
-        log.hub._ring.clear()  # as if the hub had not been scheduled since
-        log.hub.seq = 0
-        await log.delete(gone)
-        await log.move(first, "paused")
+async def test_a_cursor_that_waits_too_long_is_lost(tmp_path: Path) -> None:
+    """Behind what is kept nothing is read as if it were whole."""
+    async with a_log(tmp_path, keep=100) as log:
+        for i in range(150):
+            job = await log.move(await log.create(f"j{i}"), "succeeded")
+            await log.delete(job)
         await log.caught_up()
-        assert [event.seq for event in log.hub._ring] == [1, 3, 5, 6]
-        for seq in range(7):
-            for n in (1, 2, 100):
-                assert short(await log.hub.after(seq, n)) == short(await log.state.events(seq, n))
+        log.hub._ring.clear()  # as if it had not been in the ring for long
+        log.hub._ring_from = log.hub.seq
+        oldest = await log.state.oldest()
+        assert oldest > 300
+        with pytest.raises(Lost):
+            await log.hub.after(oldest - 2, 10)
+        assert (await log.hub.after(oldest - 1, 10))[0].seq == oldest
+        assert await log.hub.why_reset(Cursor(log.hub.epoch, oldest - 2)) == "retention"
+        assert await log.hub.why_reset(Cursor(log.hub.epoch, oldest - 1)) is None
+
+
+async def test_subscriptions_that_are_alike_share_frames(tmp_path: Path) -> None:
+    """Who stands at the same place in the same view gets the same bytes; others get their own."""
+    async with a_log(tmp_path) as log:
+        await log.create("j1")
+        await log.caught_up()
+
+        def first_frame(id: int, **select: Any) -> bytes | None:
+            sub = Subscription(log.hub.view(id, "ann", Select(**select), text_frame), 0)
+            subs.append(sub)  # a view lives as long as a subscription to it
+            batch = log.hub.next(sub)
+            assert batch is not None
+            return batch.frame
+
+        subs: list[Subscription] = []
+        frame = first_frame(1)
+        assert frame is not None
+        assert first_frame(1) is frame
+        assert first_frame(2) not in (frame, None)
+        assert first_frame(1, kind=("upload",)) is None
+        log.hub.forget_frames()
+        assert first_frame(1) == frame
+        assert first_frame(1) is not frame
+
+
+async def test_views_live_as_long_as_their_subscriptions(tmp_path: Path) -> None:
+    """However many filters were ever asked for, only those in use are kept."""
+    async with a_log(tmp_path) as log:
+        for i in range(100):
+            log.hub.view(1, "ann", Select(q=str(i)), text_frame)
+        assert len(log.hub._views) == 0
+
+
+async def test_a_lagging_subscription_reads_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the ring does not have is said so, and comes from the log without a gap."""
+    monkeypatch.setattr(module, "RING", 8)
+    async with a_log(tmp_path) as log:
+        for i in range(30):
+            await log.create(f"j{i}")
+        await log.caught_up()
+        sub = Subscription(log.hub.view(1, "ann", Select(), text_frame), 0)
+        read = 0
+        while sub.seq < log.hub.seq:
+            batch = log.hub.next(sub)
+            if batch is None:
+                batch, read = await log.hub.read(sub), read + 1
+            assert batch.seq > sub.seq
+            sub.moved(batch)
+        assert read > 0
+        assert (sub.seq, sub.sent) == (30, 30)
 
 
 async def test_listeners_are_woken_until_they_leave(tmp_path: Path) -> None:
@@ -287,53 +238,37 @@ async def test_cursor_is_honoured_over_a_restart(tmp_path: Path) -> None:
         epoch, seq = log.hub.epoch, log.hub.seq
     async with a_log(tmp_path) as log:
         assert (log.hub.epoch, log.hub.seq) == (epoch, seq)
-        assert await log.hub.resumable(epoch, seq) is None
-        assert await log.hub.resumable(epoch, 0) is None
-        assert await log.hub.resumable(epoch, seq + 1) == "epoch"
-        assert await log.hub.resumable("other", 0) == "epoch"
-        assert await log.hub.resumable(None, 0) == "epoch"
+        assert await log.hub.why_reset(Cursor(epoch, seq)) is None
+        assert await log.hub.why_reset(Cursor(epoch, 0)) is None
+        assert await log.hub.why_reset(Cursor(epoch, seq + 1)) == "epoch"
+        assert await log.hub.why_reset(Cursor("other", 0)) == "epoch"
+        assert await log.hub.why_reset(Cursor("", 0)) == "epoch"
         assert short(await log.hub.after(0, 10)) == [(1, "j1", 1, "queued"), (2, "j2", 1, "queued")]
     async with a_log(tmp_path, "new.db") as log:
-        assert await log.hub.resumable(epoch, 0) == "epoch"
+        assert await log.hub.why_reset(Cursor(epoch, 0)) == "epoch"
 
 
-async def test_cursor_before_what_is_kept_is_reset(tmp_path: Path) -> None:
-    """Where the beginning of the log is gone, a cursor in the gap says so instead of skipping."""
+async def test_progress_is_told_by_one_frame_for_all(tmp_path: Path) -> None:
+    """Those with the same views who have come equally far get the same bytes, once."""
     async with a_log(tmp_path) as log:
-        gone = await log.move(await log.create("gone"), "succeeded")
-        await log.create("kept")
-        await log.delete(gone)
-        await log.caught_up()
-        epoch = log.hub.epoch
-        assert await log.hub.resumable(epoch, 0) == "retention"
-        assert await log.hub.resumable(epoch, 1) == "retention"
-        assert await log.hub.resumable(epoch, 2) is None
-
-
-async def test_progress_is_the_latest_value_of_each_job(tmp_path: Path) -> None:
-    """A subscriber that asks late gets one row a job, the newest, and not again."""
-    async with a_log(tmp_path) as log:
-        await asyncio.sleep(0)  # the hub subscribes when it first runs
-        for done in range(5):
-            await log.state.progress_out(
-                [a_mark(job, progress=Progress(done=done)) for job in ("a", "b")]
-            )
-            await asyncio.sleep(0)
-        marks, stamp = log.hub.marks(0)
-        assert [(mark.job, mark.progress.done) for mark in marks] == [("a", 4), ("b", 4)]
-        assert log.hub.marks(stamp) == ([], stamp)
-        await log.state.progress_out([a_mark("a", progress=Progress(done=9))])
-        await asyncio.sleep(0)
-        marks, _ = log.hub.marks(stamp)
-        assert [(mark.job, mark.progress.done) for mark in marks] == [("a", 9)]
+        await log.tell([a_mark("a"), a_mark("b")])
+        views = (log.hub.view(1, "ann", Select(jobs=("a",)), text_frame),)
+        frame, sweep = log.hub.progress(views, Sweep())
+        assert frame is not None
+        assert frame.count(b"[7,3,5,") == 1
+        assert log.hub.progress(views, Sweep())[0] is frame
+        assert log.hub.progress(views, sweep) == (None, sweep)
+        assert log.hub.progress((), Sweep())[0] is None
 
 
 async def test_progress_of_an_ended_job_is_forgotten(tmp_path: Path) -> None:
     """After its last transition no progress of a job is told any more."""
     async with a_log(tmp_path) as log:
         job = await log.create("a")
-        await log.state.progress_out([a_mark("a")])
-        await asyncio.sleep(0)
+        await log.tell([a_mark("a")])
+        view = log.hub.view(1, "ann", Select(), text_frame)
+        assert log.hub.progress((view,), Sweep())[0] is not None
         await log.move(job, "succeeded")
         await log.caught_up()
-        assert log.hub.marks(0)[0] == []
+        log.hub.forget_frames()
+        assert log.hub.progress((view,), Sweep())[0] is None
