@@ -1,7 +1,10 @@
 """The server as tests start it: the real one, under an audit hook that allows no thread.
 
-``CRASH_AT=published:2`` lets it die by SIGKILL right after the second publishing;
-the points at which it can die are below. ``KIND_FILE=x.py`` adds the kind in that file.
+``CRASH_AT=published:2`` lets it die by SIGKILL right after the second publishing; the points at
+which it can die are below. ``KIND_FILE=x.py`` adds the kind in that file; ``TLS=x.pem`` serves
+over TLS. With ``ECHO=1`` there is a WebSocket at ``/echo`` that sends back what it gets.
+``MUTANT=epoch`` takes a rule of the channel away (see ``MUTANTS``), so that a test can show that
+it would notice.
 """
 
 from __future__ import annotations
@@ -9,9 +12,11 @@ from __future__ import annotations
 import inspect
 import os
 import signal
+import ssl
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +31,14 @@ def _no_threads(event: str, args: tuple[Any, ...]) -> None:
 
 sys.addaudithook(_no_threads)
 
-import server  # noqa: E402 - the hook comes first
+import handlers  # noqa: E402 - the hook comes first
+import jobs.events  # noqa: E402
+import server  # noqa: E402
+from handlers.socket import StrictWebSocketHandler  # noqa: E402
 from jobs import runners  # noqa: E402
+from jobs.channel import Cursor, Select, Why, why_reset  # noqa: E402
 from jobs.kinds import Registry, kind_of  # noqa: E402
+from storage import Event  # noqa: E402
 from storage.blobs_local import LocalBlobs, LocalWriter  # noqa: E402
 from storage.state_sqlite import SqliteState  # noqa: E402
 
@@ -101,5 +111,68 @@ if kind_file := os.environ.get("KIND_FILE"):
         [*(kinds for name in known.names() if (kinds := known.get(name))), kind_of(module)]
     )
     Registry.load = classmethod(lambda cls: both)  # type: ignore[method-assign,assignment]
+
+
+def _any_epoch() -> None:
+    """Cursors into another log are honoured."""
+
+    def lax(cursor: Cursor, epoch: str, newest: int, oldest: int) -> Why | None:
+        return why_reset(cursor._replace(epoch=epoch), epoch, newest, oldest)
+
+    jobs.events.why_reset = lax  # type: ignore[attr-defined]
+
+
+def _any_age() -> None:
+    """Nobody is told that what follows a cursor was forgotten."""
+
+    def lax(cursor: Cursor, epoch: str, newest: int, oldest: int) -> Why | None:
+        return why_reset(cursor, epoch, newest, 0)
+
+    async def after(hub: jobs.events.Hub, seq: int, n: int) -> list[Event]:
+        return await hub._state.events(seq, n)
+
+    jobs.events.why_reset = lax  # type: ignore[attr-defined]
+    jobs.events.Hub.after = after  # type: ignore[method-assign,assignment]
+
+
+def _new_state_only() -> None:
+    """A filter takes an event by the state after it; nobody sees a row leave."""
+    wants = Select.wants
+
+    def lax(select: Select, event: Event) -> bool:
+        return wants(select, event) and (not select.state or event.to in select.state)
+
+    Select.wants = lax  # type: ignore[method-assign,assignment]
+
+
+MUTANTS = {"epoch": _any_epoch, "retention": _any_age, "filter": _new_state_only}
+
+if mutant := os.environ.get("MUTANT"):
+    MUTANTS[mutant]()
+
+
+class EchoHandler(StrictWebSocketHandler):
+    """Sends back what it gets; the next message is not read before that is written."""
+
+    @property
+    def max_message_size(self) -> int:
+        """Tornado's hook."""
+        return 64 << 20
+
+    def on_message(self, message: str | bytes) -> Awaitable[None]:
+        """Tornado's hook."""
+        return self.write_message(message, binary=isinstance(message, bytes))
+
+
+if os.environ.get("ECHO"):
+    handlers.ROUTES.append(handlers.Route(r"/echo", EchoHandler, {"GET": "Echo"}))
+
+if certificate := os.environ.get("TLS"):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    server.HTTPServer = partial(  # type: ignore[assignment,attr-defined]
+        server.HTTPServer,  # type: ignore[attr-defined]
+        ssl_options=context,
+    )
 
 sys.exit(server.main(sys.argv[1:]))
