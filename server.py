@@ -23,6 +23,7 @@ import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote, urlsplit
@@ -36,9 +37,11 @@ from errors import SluiceError
 from handlers import ROUTES
 from handlers.auth import Cors, Hosts, Proxies
 from handlers.base import Door, Life, NotFoundHandler, Services, Settings
-from handlers.live import say_bye
+from handlers.feed import Feeds
+from handlers.live import MESSAGE_BYTES
 from handlers.now import Now
 from jobs.add import add
+from jobs.commands import Commands
 from jobs.downloads import Downloads
 from jobs.events import Hub
 from jobs.files import Files
@@ -103,7 +106,7 @@ async def assembled(config: Config) -> AsyncIterator[Parts]:
     folder = config.data.resolve()
     blobs = open_blobs(f"file://{folder}", config.durability)
     await blobs.open()
-    state = open_state(f"sqlite://{folder / 'state.db'}", config.durability)
+    state = open_state(f"sqlite://{folder / 'state.db'}", config.durability, config.keep_events)
     boot = await state.open()
     tables = Tables(folder / "tables.db")
     manager = Manager(
@@ -136,13 +139,16 @@ async def assembled(config: Config) -> AsyncIterator[Parts]:
             digest=config.digest,
         ),
     )
+    hub = Hub(state, boot)
     services = Services(
         manager=manager,
         uploads=uploads,
         downloads=Downloads(manager, state, hold_s=config.pause_hold_s),
         growing=Growing(manager, blobs),
         files=files,
-        hub=Hub(state, boot),
+        hub=hub,
+        feeds=Feeds(hub, manager),
+        commands=Commands(manager),
         now=Now(),
         hosts=Hosts(config.address, config.hosts),
         cors=Cors(config.cors_origins),
@@ -176,7 +182,7 @@ def make_app(services: Services) -> Application:
         [(route.pattern, route.handler, route.options or {}) for route in ROUTES],
         services,
         default_handler_class=NotFoundHandler,
-        websocket_max_message_size=64 << 10,
+        websocket_max_message_size=MESSAGE_BYTES,
         log_function=_log_request,
     )
 
@@ -241,13 +247,20 @@ async def serve(config: Config, lock: IO[str]) -> None:
         print(f"Sluice is at {url} (data in {config.data})", flush=True)
         background = [
             asyncio.create_task(work)
-            for work in (services.hub.run(), services.now.run(services), housekeep(services))
+            for work in (
+                services.hub.run(),
+                services.now.run(services),
+                services.feeds.run(partial(services.now.row, services)),
+                housekeep(services),
+            )
         ]
+        for task in background:
+            task.add_done_callback(partial(_notice, stop))
         await recover(parts)
         await stop.wait()
         log.info("stopping")
         services.life.stopping = True
-        say_bye()
+        services.feeds.bye()
         await services.manager.close(max(0.1, config.stop_grace_s - _CLOSING_S))
         server.stop()
         for task in background:
@@ -259,6 +272,13 @@ async def serve(config: Config, lock: IO[str]) -> None:
                 await server.close_all_connections()
     # A process that swallows its cancellation must not keep the service from ending.
     loop.call_later(1.0, os._exit, 0)
+
+
+def _notice(stop: asyncio.Event, task: asyncio.Task[None]) -> None:
+    """A service without one of its parts would look healthy, and lie: end it."""
+    if not task.cancelled():
+        log.critical("a part of the service has ended", exc_info=task.exception())
+        stop.set()
 
 
 async def add_here(config: Config, paths: Sequence[Path]) -> None:

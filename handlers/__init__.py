@@ -7,7 +7,18 @@ from typing import Any, NamedTuple
 
 from tornado.web import RequestHandler
 
-from handlers import files, growing, jobs, live, resumable, simple, status, tus
+from handlers import (
+    asyncapi,
+    events,
+    files,
+    growing,
+    jobs,
+    live,
+    resumable,
+    simple,
+    status,
+    tus,
+)
 
 _STATIC = str(Path(__file__).parent.parent / "static")
 _NAME = r"([A-Za-z0-9._~-]{1,128})"
@@ -143,6 +154,12 @@ ROUTES: list[Route] = [
     ),
     # The channel and the service itself
     Route(r"/v1/ws", live.LiveHandler, {"GET": "The live channel (WebSocket)"}),
+    Route(
+        r"/v1/events",
+        events.EventsHandler,
+        {"GET": "The live channel as server-sent events, or by long-poll"},
+    ),
+    Route(r"/asyncapi.json", asyncapi.AsyncApiHandler, {"GET": "The live channel as AsyncAPI"}),
     Route(r"/v1/status", status.StatusHandler, {"GET": "The numbers of now"}),
     Route(r"/healthz", status.HealthHandler, {"GET": "The loop lives"}),
     Route(r"/readyz", status.ReadyHandler, {"GET": "Recovery is done"}),

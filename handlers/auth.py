@@ -30,6 +30,7 @@ from jobs.files import now_ms
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
+_TOKEN = re.compile(r"[A-Za-z0-9_-]{1,4096}")
 _CLIENT = re.compile(r"[\x21-\x7e]{0,128}")
 
 # What proxies write. Each pattern takes any text in linear time: clients can send it through them.
@@ -77,7 +78,11 @@ class Caller(NamedTuple):
 
 
 def identify(request: HTTPServerRequest) -> Caller:
-    """The caller of a request. Raises invalid-field for a client label that is none."""
+    """The caller of a request, by its headers and cookies; never by its address.
+
+    Raises invalid-field for a client label or a token that is none.
+    """
+    _token(request)  # there is nobody yet whom it could name
     client = request.headers.get("X-Client-Id")
     if client is None:
         cookie = request.cookies.get("client_id")
@@ -87,6 +92,21 @@ def identify(request: HTTPServerRequest) -> Caller:
             "invalid-field", "X-Client-Id: at most 128 printable characters.", field="X-Client-Id"
         )
     return Caller("local", client)
+
+
+def _token(request: HTTPServerRequest) -> str | None:
+    """The token that a page has put among the subprotocols: it can send no other header."""
+    for name in request.headers.get("Sec-WebSocket-Protocol", "").split(","):
+        kind, dot, token = name.strip().partition(".")
+        if kind == "auth" and dot:
+            if not _TOKEN.fullmatch(token):
+                raise SluiceError(
+                    "invalid-field",
+                    "auth.<token> takes base64url without padding.",
+                    field="Sec-WebSocket-Protocol",
+                )
+            return token
+    return None
 
 
 class Hosts:

@@ -32,8 +32,10 @@ from tornado.web import (
 
 from errors import SluiceError
 from handlers.auth import Caller, Cors, Hosts, Proxies, check_site, identify
+from handlers.feed import Feeds
 from handlers.now import Now
 from handlers.wire import Body, block_body, read_body_by, turns
+from jobs.commands import Commands
 from jobs.downloads import Downloads
 from jobs.events import Hub
 from jobs.files import Files, uuid7
@@ -94,6 +96,8 @@ class Services:
     files: Files
     growing: Growing
     hub: Hub
+    feeds: Feeds
+    commands: Commands
     now: Now
     hosts: Hosts
     cors: Cors

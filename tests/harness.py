@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import http.client
 import json
 import os
@@ -15,7 +16,9 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
+from urllib.parse import urlsplit
 
+import jsonschema_rs
 import websocket
 
 ROOT = Path(__file__).parent.parent
@@ -214,10 +217,73 @@ class Server:
         return Socket(f"ws://127.0.0.1:{self.port}/v1/ws", list(protocols), **options)
 
 
+def strict(schema: Any) -> Any:
+    """A schema whose objects are closed: what is not described does not fit."""
+    if isinstance(schema, list):
+        return [strict(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = {name: strict(value) for name, value in schema.items()}
+    if isinstance(schema.get("properties"), dict) and schema.get("type") == "object":
+        closed.setdefault("additionalProperties", False)
+    return closed
+
+
+class Described:
+    """What a server's AsyncAPI document says that it says."""
+
+    def __init__(self, document: Any) -> None:
+        components = document["components"]
+        self._schemas = strict(components["schemas"])
+        self._said: dict[str, list[jsonschema_rs.Draft7Validator]] = {}
+        for message in document["operations"]["say"]["messages"]:
+            title = message["$ref"].rpartition("/")[2]
+            name = components["messages"][title]["name"]
+            self._said.setdefault(name, []).append(self.validator(title))
+
+    def validator(self, title: str) -> jsonschema_rs.Draft7Validator:
+        """What takes that schema, and nothing beside it."""
+        ref = {"$ref": f"#/components/schemas/{title}"}
+        return jsonschema_rs.Draft7Validator(
+            {"allOf": [ref], "components": {"schemas": self._schemas}}
+        )
+
+    def complaint(self, message: Any) -> str | None:
+        """Why the server may not say this."""
+        t = message.get("t") if isinstance(message, dict) else None
+        validators = self._said.get(t, []) if isinstance(t, str) else []
+        if any(validator.is_valid(message) for validator in validators):
+            return None
+        why = [
+            f"{error.instance_path}: {error.message}"
+            for validator in validators
+            for error in validator.iter_errors(message)
+        ]
+        return f"not described: {message!r}: {why}"
+
+
+@functools.cache
+def described(netloc: str) -> Described:
+    """The document of the server at an address."""
+    host, _, port = netloc.rpartition(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=30)
+    try:
+        connection.request("GET", "/asyncapi.json")
+        return Described(json.loads(connection.getresponse().read()))
+    finally:
+        connection.close()
+
+
 class Socket:
-    """A websocket-client that reads in the background (of the test's process)."""
+    """A websocket-client that reads in the background (of the test's process).
+
+    Every frame is held against the server's own AsyncAPI document; what does not fit fails the test
+    as soon as it waits for anything, or closes.
+    """
 
     def __init__(self, url: str, protocols: list[str], **options: Any) -> None:
+        self._described = described(urlsplit(url).netloc)
+        self._complaints: list[str] = []
         self.ws = websocket.create_connection(
             url, subprotocols=protocols or None, timeout=30, suppress_origin=True, **options
         )
@@ -238,6 +304,8 @@ class Socket:
                     continue
                 message = json.loads(data)
                 for one in message if isinstance(message, list) else [message]:
+                    if (complaint := self._described.complaint(one)) is not None:
+                        self._complaints.append(complaint)
                     self.seen.append(one)
                     self._inbox.put(one)
         except (websocket.WebSocketException, OSError):
@@ -253,6 +321,7 @@ class Socket:
         end = time.monotonic() + within_s
         while True:
             message = self._inbox.get(timeout=max(0.01, end - time.monotonic()))
+            self.check()
             if message is None:
                 raise EOFError(f"closed with {self.close_code}")
             if wanted(message):
@@ -262,7 +331,12 @@ class Socket:
         """The close code."""
         self._reader.join(within_s)
         assert not self._reader.is_alive()
+        self.check()
         return self.close_code
+
+    def check(self) -> None:
+        """Fail if the server has said what its document does not describe."""
+        assert self._complaints == [], "\n".join(self._complaints)
 
     def close(self) -> None:
         """Close the socket."""
@@ -270,6 +344,7 @@ class Socket:
         self._reader.join(10)
         # Also where the server was the first to close.
         self.ws.shutdown()  # type: ignore[no-untyped-call]
+        self.check()
 
 
 def eventually(check: Callable[[], T], what: str, within_s: float = 20) -> T:

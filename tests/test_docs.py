@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import select
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -81,41 +79,6 @@ def test_the_lines_of_the_simple_api_page_work(server: Server, tmp_path: Path) -
     assert first["bytes_read"] == where["bytes_read"] == 1 << 20
     assert last["is_complete"] is whole["is_complete"] is True
     assert server.get(f"/v1/files/{last['id']}/content").body == data
-
-
-def test_the_example_subscriber_sees_an_upload(server: Server, tmp_path: Path) -> None:
-    """The Python client of docs/channel.md prints the transitions of an upload."""
-    text = (ROOT / "docs" / "channel.md").read_text()
-    code = re.search(r"```python\n(.*?)```", text, re.S)
-    assert code is not None
-    script = tmp_path / "client.py"
-    script.write_text(code[1].replace("localhost:8888", f"127.0.0.1:{server.port}"))
-    client = subprocess.Popen(
-        [sys.executable, "-u", str(script)], stdout=subprocess.PIPE, text=True
-    )
-    try:
-        eventually(lambda: server.get("/v1/status").json, "the server answers")
-        assert client.stdout is not None
-        name = 0
-        while True:  # until the client has subscribed
-            name += 1
-            server.post(f"/upload?file_name=seen{name}.bin&is_complete=true", b"abc")
-            line = _line_within(client, 0.5)
-            if line:
-                break
-            assert name < 40
-        assert re.fullmatch(r"seen\d+\.bin (running|succeeded)\n", line)
-    finally:
-        client.kill()
-        client.wait()
-        if client.stdout is not None:
-            client.stdout.close()
-
-
-def _line_within(client: subprocess.Popen[str], seconds: float) -> str:
-    assert client.stdout is not None
-    ready, _, _ = select.select([client.stdout], [], [], seconds)
-    return client.stdout.readline() if ready else ""
 
 
 def test_the_example_kind_counts_lines_and_can_be_paused(tmp_path: Path) -> None:

@@ -21,7 +21,10 @@ SHARED_HANDLERS = frozenset(
         "handlers",
         *(
             f"handlers.{name}"
-            for name in ("auth", "base", "fields", "growing", "now", "ranges", "send", "wire")
+            for name in (
+                *("asyncapi", "auth", "base", "feed", "fields", "growing", "messages", "now"),
+                *("ranges", "send", "socket", "wire"),
+            )
         ),
     }
 )

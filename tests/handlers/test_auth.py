@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import websocket
 
-from tests.conftest import Serve
 from tests.handlers.clients import Caller, Raw
 from tests.harness import Answer, Server
 
@@ -178,17 +177,6 @@ def test_the_channel_opens_only_for_our_own_page(
     """A page of another site can't open the channel; a program without Origin can."""
     given = {k: v.format(own=site.url) if isinstance(v, str) else v for k, v in options.items()}
     assert upgrade(site, **given) == status
-
-
-def test_channels_of_one_owner_are_limited(serve: Serve) -> None:
-    """One channel more than max_sockets is refused until one of them is closed."""
-    server = serve("--max-sockets", "2")
-    one, two = server.socket(), server.socket()
-    assert upgrade(server, suppress_origin=True) == 429
-    one.close()
-    three = server.socket()
-    two.close()
-    three.close()
 
 
 def test_the_client_label_is_kept(site: Server, name: str) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from socket import SHUT_RDWR
+from pathlib import Path
+from socket import SHUT_RDWR, SO_RCVBUF, SOL_SOCKET
 from time import monotonic
 from typing import Any, NamedTuple
 
 import pytest
+import websocket
 
 from tests.conftest import Serve
-from tests.handlers.clients import UUID7, Caller
+from tests.handlers.clients import UUID7, Caller, Raw
 from tests.harness import Server, Socket, eventually
 
 JSON = "jobs.v1.json"
@@ -66,8 +68,7 @@ def check_chain(messages: list[Any], id: int, at: int) -> int:
     for message in messages:
         if message.get("id") != id or message["t"] not in ("ev", "mark"):
             continue
-        if message["t"] == "ev":
-            assert message["p"] == at
+        assert message["p"] == at
         assert message["s"] > at
         at = message["s"]
     return at
@@ -150,7 +151,7 @@ def test_a_bad_first_frame_closes_the_channel(site: Server, first: bytes, code: 
 def test_a_too_long_frame_closes_the_channel(live: Socket) -> None:
     """A message of more than 64 KiB ends the channel."""
     live.say(t="hb", pad="x" * (65 << 10))
-    assert live.until_closed() in (1009, None)  # with a reset, as the rest was not read
+    assert live.until_closed() == 1009
 
 
 def test_a_binary_frame_closes_the_channel(live: Socket) -> None:
@@ -392,7 +393,7 @@ def test_a_cut_subscriber_misses_and_repeats_nothing(site: Server, caller: Calle
     second.say(t="hello", ver=1)
     second.say(t="sub", id=1, epoch=epoch, s=at)
     ack = second.until(lambda m: m.get("id") == 1)
-    assert (ack["t"], ack["s"]) == ("ack", at)
+    assert (ack["t"], ack["s"], ack["resumed"]) == ("ack", at, True)
     second.until(event_of(job["id"], "cancelled"))
     check_chain(second.seen, 1, at)
     told = [
@@ -419,6 +420,8 @@ def test_a_cursor_of_another_log_is_reset(live: Socket, epoch: str | None, s: in
     snap = subscribe(live, 1)
     given = snap["epoch"] if epoch == "same" else epoch
     live.say(t="sub", id=2, epoch=given, s=s)
+    ack = live.until(lambda m: m.get("id") == 2)
+    assert (ack["t"], ack["resumed"]) == ("ack", False)
     reset = live.until(lambda m: m.get("id") == 2)
     assert (reset["t"], reset["why"], reset["epoch"]) == ("reset", "epoch", snap["epoch"])
     assert live.until(lambda m: m.get("id") == 2 and m["t"] == "snap")["page"] == 1
@@ -457,6 +460,203 @@ def test_a_subscriber_goes_on_after_a_restart(serve: Serve) -> None:
     again.close()
 
 
+# Who may be here
+
+
+UPGRADE = {
+    "Connection": "Upgrade",
+    "Upgrade": "websocket",
+    "Sec-WebSocket-Version": "13",
+    "Sec-WebSocket-Key": "c2x1aWNlIHRlc3RzIGl0cw==",
+}
+
+
+def test_the_address_takes_no_parameters(site: Server) -> None:
+    """A token in the address would end up in logs: any query is refused before the upgrade."""
+    answer = site.request("GET", "/v1/ws?token=secret", headers=UPGRADE)
+    assert (answer.status, answer.json["code"]) == (400, "invalid-field")
+
+
+@pytest.mark.parametrize(("token", "status"), [("c2VjcmV0", 101), ("a-_9", 101), ("?", 400)])
+def test_a_token_comes_as_a_subprotocol(site: Server, token: str, status: int) -> None:
+    """A token beside the protocol is accepted and never sent back; a malformed one is refused."""
+    with Raw(site) as raw:
+        raw.head("GET", "/v1/ws", **UPGRADE, Sec_WebSocket_Protocol=f"{JSON}, auth.{token}")
+        answer = raw.answer()
+    assert answer.status == status
+    assert answer.headers.get("Sec-Websocket-Protocol") == (JSON if status == 101 else None)
+
+
+def test_a_newer_tab_replaces_an_older(site: Server) -> None:
+    """A second socket of the same tab ends the first with 4409; other tabs are left alone."""
+
+    def tab(cid: str) -> Socket:
+        socket = site.socket(JSON)
+        socket.say(t="hello", ver=1, cid=cid)
+        socket.until(lambda m: m["t"] == "welcome")
+        return socket
+
+    older, other, nameless, newer = tab("one"), tab("two"), tab(""), tab("one")
+    tab("").close()
+    assert older.until_closed() == 4409
+    for socket in (other, nameless, newer):
+        subscribe(socket)
+        socket.close()
+    older.close()
+
+
+def test_one_owner_has_so_many_connections(serve: Serve) -> None:
+    """One socket too many is closed with 4429, a stream or a poll is a 429; leaving makes room."""
+    server = serve("--max-sockets", "2")
+    first, second = server.socket(JSON), server.socket(JSON)
+    for socket in (first, second):
+        socket.say(t="hello", ver=1)
+        subscribe(socket)
+    third = server.socket(JSON)
+    assert third.until_closed() == 4429
+    third.close()
+    for accept in ("text/event-stream", "application/json"):
+        answer = server.get("/v1/events", Accept=accept)
+        assert (answer.status, answer.json["code"]) == (429, "too-many-sockets")
+        assert "Retry-After" in answer.headers
+    first.close()
+    eventually(lambda: server.get("/v1/events").status == 200, "there is room again")
+    second.close()
+
+
+def test_too_many_messages_in_a_frame_close_the_channel(live: Socket) -> None:
+    """A list of more than a hundred messages is no honest frame."""
+    live.ws.send(json.dumps([{"t": "hb"}] * 101))
+    assert live.until_closed() == 4400
+
+
+def test_who_says_too_much_is_slowed_down(live: Socket) -> None:
+    """A flood is read no faster than the limit allows, nothing of it is lost, nobody is closed."""
+    began = monotonic()
+    for _ in range(14):  # a thousand at once, then 200 a second
+        live.ws.send(json.dumps([{"t": "hb"}] * 100))
+    live.say(t="more", id=9, cursor=1)
+    live.until(lambda m: m["t"] == "err")
+    assert monotonic() - began > 1.5
+
+
+# Leaving the filter, and searching
+
+
+def test_a_row_that_leaves_the_filter_says_so(live: Socket, caller: Caller, name: str) -> None:
+    """By its state and by its name: the last event of it is marked."""
+    subscribe(live, 1, f={"q": name, "state": ["queued", "running"]})
+    job = count(caller, 0, name=f"The {name.upper()}")
+    left = live.until(event_of(job["id"], "succeeded"))
+    assert left["out"] is True
+    snap = subscribe(live, 2, f={"q": name})
+    assert [row["id"] for row in snap["jobs"]] == [job["id"]]
+    subscribe(live, 3, f={"q": job["id"]})
+    patched = caller.server.request("PATCH", f"/v1/jobs/{job['id']}", {"name": "another"})
+    assert patched.status == 200
+
+    def renamed(id: int) -> Any:
+        return next(
+            (m for m in live.seen if m["t"] == "ev" and m["id"] == id and m["cause"] == "renamed"),
+            None,
+        )
+
+    assert eventually(lambda: renamed(2), "who searched by name is told")["out"] is True
+    assert "out" not in eventually(lambda: renamed(3), "who searched by id is told")
+    assert "out" not in next(m for m in live.seen if m["t"] == "ev" and m["to"] == "running")
+
+
+# Logs
+
+
+TALK = """
+import msgspec
+
+KIND, TITLE, UNIT, PAUSE = "talk", "Talk", "steps", "at once"
+
+
+class Params(msgspec.Struct, forbid_unknown_fields=True):
+    lines: int = 3
+
+
+async def run(ctx, params):
+    for i in range(params.lines):
+        ctx.log(f"line {i}")
+        await ctx.checkpoint(i, done=i, total=params.lines)
+        await ctx.sleep(0.2)
+    return {}
+"""
+
+
+def test_a_log_is_followed(tmp_path: Path) -> None:
+    """The newest lines that are there, then each new one; or from a number on; and of no other."""
+    kind = tmp_path / "talk.py"
+    kind.write_text(TALK)
+    server = Server(tmp_path / "data")
+    server.env = {"KIND_FILE": str(kind)}
+    server.start()
+    body = {"kind": "talk", "params": {"lines": 4}}
+    job = server.post("/v1/jobs", body).json["id"]
+    other = server.post("/v1/jobs", body).json["id"]
+    socket = server.socket(JSON)
+    socket.say(t="hello", ver=1)
+    socket.say(t="sub", id=1, log=job)
+    ack = socket.until(lambda m: m["t"] in ("ack", "err"))
+    assert (ack["t"], ack["id"]) == ("ack", 1)
+
+    def lines(id: int) -> list[tuple[int, str]]:
+        told = [m for m in socket.seen if m["t"] == "log" and m["id"] == id]
+        assert {m["j"] for m in told} <= {job}
+        assert all(m["from"] == m["lines"][0]["n"] for m in told)
+        return [(line["n"], line["line"]) for m in told for line in m["lines"]]
+
+    said = [(n, f"line {n - 1}") for n in range(1, 5)]
+    eventually(lambda: len(lines(1)) >= 4, "all lines have come")
+    assert lines(1) == said
+    socket.ws.send(
+        json.dumps(
+            [
+                {"t": "sub", "id": 2, "log": job, "from": 2},
+                {"t": "sub", "id": 3, "log": job, "from": -1},
+                {"t": "sub", "id": 4, "log": "none"},
+            ]
+        )
+    )
+    assert socket.until(lambda m: m["t"] == "err")["id"] == 4
+    eventually(lambda: len(lines(2)) >= 2 and lines(3), "the old ones have come")
+    assert (lines(2), lines(3)) == (said[2:], said[3:])
+    server.wait_for(other, "succeeded")
+    socket.close()
+    server.close()
+
+
+# What a slow reader gets
+
+
+def test_a_reader_that_stops_gets_everything_later(site: Server, caller: Caller) -> None:
+    """What could not be sent is not kept, and still comes, in order and whole."""
+    ws = websocket.create_connection(
+        f"ws://127.0.0.1:{site.port}/v1/ws",
+        subprotocols=[JSON],
+        timeout=30,
+        sockopt=[(SOL_SOCKET, SO_RCVBUF, 4096)],
+    )
+    ws.send(json.dumps([{"t": "hello"}, {"t": "sub", "id": 1, "f": {"kind": ["count"]}}]))
+    jobs = [count(caller, 0)["id"] for _ in range(150)]
+    for job_id in jobs:
+        site.wait_for(job_id, "succeeded")
+    seen: list[Any] = []
+    while sum(m["t"] == "ev" and m["to"] == "succeeded" for m in seen) < 150:
+        said = json.loads(ws.recv())
+        seen += said if isinstance(said, list) else [said]
+    at = next(m["s"] for m in seen if m["t"] == "snap")
+    check_chain(seen, 1, at)
+    told = [(m["row"]["id"], m["row"]["version"]) for m in seen if m["t"] == "ev"]
+    assert set(told) == {(job_id, v) for job_id in jobs for v in (1, 2, 3)}
+    assert len(told) == len(set(told))
+    ws.close()
+
+
 # Commands
 
 
@@ -486,7 +686,7 @@ def test_a_job_is_run_by_commands(live: Socket, caller: Caller) -> None:
     assert caller.server.job(again["job"])["retry_of"] == job_id
     assert command(live, 6, "cancel", job=again["job"])["t"] == "ack"
     gone = command(live, 7, "delete", job=job_id)
-    assert (gone["t"], gone["job"]) == ("ack", None)
+    assert (gone["t"], gone["job"], gone["v"]) == ("ack", job_id, None)
     assert caller.get(f"/v1/jobs/{job_id}").status == 404
 
 
@@ -508,7 +708,12 @@ def test_a_delete_is_an_event(live: Socket, caller: Caller) -> None:
         ("dance", {"job": "none"}, "invalid-field", "op"),
         ("retry", {"job": "none"}, "job-unknown", None),
         ("delete", {"job": "none"}, "job-unknown", None),
-        ("start", {}, "unknown-kind", "kind"),
+        ("start", {}, "invalid-field", "kind"),
+        ("start", {"job": "none", "args": {"kind": "count"}}, "invalid-field", "job"),
+        ("pause", {"job": "none", "jobs": ["none"]}, "invalid-field", "jobs"),
+        ("pause", {"jobs": ["none"], "if_v": 1}, "invalid-field", "if_v"),
+        ("pause", {"f": {"jobs": ["none"]}}, "invalid-field", "f"),
+        ("pause", {"job": "none", "args": {"force": 5}}, "invalid-field", "force"),
         ("start", {"args": {"kind": "nope"}}, "unknown-kind", "kind"),
         ("start", {"args": {"kind": "upload"}}, "kind-not-startable", "kind"),
         ("start", {"args": {"kind": "count", "params": 5}}, "invalid-field", "params"),
@@ -578,9 +783,49 @@ def test_too_many_commands_at_once_are_refused(live: Socket, caller: Caller) -> 
     errs = [m for m in live.seen if m["t"] == "err"]
     assert sorted(m["id"] for m in errs) == list(range(40))
     codes = [m["code"] for m in errs]
-    assert set(codes) == {"queue-full", "job-unknown"}
+    assert set(codes) == {"busy", "job-unknown"}
     assert codes.count("job-unknown") == 16
     assert command(live, 99, "retry", job="none")["code"] == "job-unknown"
+
+
+def test_a_list_is_commanded_at_once(live: Socket, caller: Caller) -> None:
+    """One ack tells how many are as was asked for, and which are not, and why."""
+    jobs = [count(caller, 100_000, 0.01)["id"] for _ in range(3)]
+    for job_id in jobs:
+        caller.server.wait_for(job_id, "running")
+    ack = command(live, 1, "pause", jobs=[*jobs, "none"])
+    assert (ack["t"], ack["n"], ack["failures"]) == ("ack", 3, 1)
+    assert [(one["job"], one["code"]) for one in ack["failed"]] == [("none", "job-unknown")]
+    for job_id in jobs:
+        caller.server.wait_for(job_id, "paused")
+    assert command(live, 2, "cancel", jobs=jobs)["n"] == 3
+
+
+def test_all_that_a_filter_takes_is_commanded(live: Socket, caller: Caller, name: str) -> None:
+    """By text and kind; of the owner's own jobs only, whatever the filter says."""
+    jobs = [count(caller, 100_000, 0.01, name=f"{name} {i}")["id"] for i in range(3)]
+    for job_id in jobs:
+        caller.server.wait_for(job_id, "running")
+    assert command(live, 1, "cancel", f={"q": name, "owner": "somebody"})["n"] == 0
+    assert command(live, 2, "pause", f={"q": name, "kind": ["upload"]})["n"] == 0
+    ack = command(live, 3, "cancel", f={"q": name, "kind": ["count"]})
+    assert (ack["t"], ack["n"]) == ("ack", 3)
+    for job_id in jobs:
+        caller.server.wait_for(job_id, "cancelled")
+    assert command(live, 4, "delete", f={"q": name})["n"] == 3
+
+
+def test_a_command_under_a_key_is_done_once(live: Socket, caller: Caller, name: str) -> None:
+    """Repeated it is answered the same, without effect; another one under the key is refused."""
+    start = {"args": {"kind": "count", "params": {"steps": 0}, "name": name}, "key": name}
+    first = command(live, 1, "start", **start)
+    again = command(live, 2, "start", **start)
+    assert (again["job"], again["v"]) == (first["job"], first["v"])
+    assert len(caller.get(f"/v1/jobs?q={name}").json["items"]) == 1
+    assert command(live, 3, "cancel", job=first["job"], key=name)["code"] == "key-reused"
+    for key in ("", "x" * 129, "two words", "ü"):
+        refused = command(live, 4, "start", **start | {"key": key})
+        assert (refused["code"], refused["field"]) == ("invalid-field", "key")
 
 
 # What takes long, begun before the first test

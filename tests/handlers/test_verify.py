@@ -1,0 +1,154 @@
+"""The verifier, as an operator runs it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from tests.conftest import Serve
+from tests.handlers.clients import Caller
+from tests.harness import ROOT, Server, eventually
+from tests.interop.proxy import Proxy
+
+
+def verify(url: str, *options: str, for_s: float = 4) -> subprocess.Popen[str]:
+    """Start it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "jobs.verify", url, "--for", str(for_s), *options],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def outcome(verifying: subprocess.Popen[str]) -> tuple[int, str]:
+    """Its exit status, and what it said."""
+    said, complained = verifying.communicate(timeout=60)
+    return verifying.returncode, said + complained
+
+
+@contextmanager
+def busy(caller: Caller) -> Iterator[Callable[[], int]]:
+    """Jobs come and go meanwhile, and are deleted; how many have been so far."""
+    done = threading.Event()
+    made = 0
+
+    def work() -> None:
+        nonlocal made
+        while not done.is_set():
+            try:
+                body = {"kind": "count", "params": {"steps": 0}}
+                job = caller.post("/v1/jobs", body).json["id"]
+                caller.server.wait_for(job, "succeeded")
+                if made % 3 == 0:
+                    caller.delete(f"/v1/jobs/{job}")
+            except (ConnectionError, OSError):
+                continue
+            made += 1
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    yield lambda: made
+    done.set()
+    thread.join(30)
+
+
+def watchers(server: Server, log: str) -> bool:
+    """Whether the log of the server says so."""
+    return log in server.log_path.read_text()
+
+
+def test_all_is_told(site: Server, caller: Caller) -> None:
+    """It follows live jobs, and finds that nothing was missed or repeated."""
+    with busy(caller) as made:
+        verifying = verify(site.url)
+        status, said = outcome(verifying)
+        assert made() > 0
+    assert (status, said.splitlines()[-1]) == (0, "0 missed, 0 repeated")
+    assert int(said.split()[0]) > 0
+    assert "0 reconnects, 0 resets" in said
+    assert "p99" in said
+
+
+@pytest.mark.parametrize("options", [("--kind", "count"), ("--state", "running"), ("--q", "count")])
+def test_a_filter_is_verified(site: Server, caller: Caller, options: tuple[str, ...]) -> None:
+    """What a filter takes is all that is compared."""
+    with busy(caller):
+        status, said = outcome(verify(site.url, *options, for_s=2))
+    assert (status, said.splitlines()[-1]) == (0, "0 missed, 0 repeated"), said
+
+
+def test_cuts_lose_nothing(site: Server, caller: Caller) -> None:
+    """Over a network that breaks again and again it resumes, and still knows everything."""
+    proxy = Proxy(site.port)
+    try:
+        with busy(caller) as made:
+            verifying = verify(f"http://127.0.0.1:{proxy.port}", for_s=6)
+            for _ in range(4):
+                begun = made()
+                eventually(lambda begun=begun: made() > begun + 1, "jobs have moved")  # type: ignore[misc]
+                proxy.cut()
+            status, said = outcome(verifying)
+    finally:
+        proxy.close()
+    assert (status, said.splitlines()[-1]) == (0, "0 missed, 0 repeated"), said
+
+
+def test_a_restart_loses_nothing(serve: Serve) -> None:
+    """It outlives kill -9 of the server, and a log that goes on."""
+    server = serve()
+    caller = Caller(server, "c")
+    with busy(caller) as made:
+        verifying = verify(server.url, for_s=8)
+        eventually(lambda: made() > 2, "jobs have moved")
+        server.kill()
+        server.start()
+        begun = made()
+        eventually(lambda: made() > begun + 1, "jobs have moved again")
+        status, said = outcome(verifying)
+    assert (status, said.splitlines()[-1]) == (0, "0 missed, 0 repeated"), said
+
+
+def test_what_is_missed_is_named(
+    site: Server,
+    caller: Caller,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A subscriber that does not keep the gap rule is found out, with the job and the version."""
+    from jobs import verify as module  # noqa: PLC0415 - only this test runs it in its own process
+    from jobs.replica import Replica  # noqa: PLC0415
+
+    dropped: list[tuple[str, int]] = []
+    hear = module.Verifier._hear
+
+    def lossy(self: module.Verifier, message: dict[str, object]) -> list[dict[str, object]]:
+        row = message.get("row")
+        if message["t"] == "ev" and not dropped and isinstance(row, dict):
+            dropped.append((row["id"], row["version"]))
+            return []
+        return hear(self, message)
+
+    monkeypatch.setattr(module.Verifier, "_hear", lossy)
+    monkeypatch.setattr(Replica, "follows", lambda self, message: self.cursor is not None)
+    with busy(caller):
+        status = module.main([site.url, "--for", "2"])
+    said = capsys.readouterr().out
+    assert status == 1
+    assert f"missed: job {dropped[0][0]}, version {dropped[0][1]}" in said
+    assert said.splitlines()[-1] == "1 missed, 0 repeated"
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "ftp://x", "nonsense:"])
+def test_what_is_no_service_is_said(url: str) -> None:
+    """It can't tell, and says why in one line."""
+    status, said = outcome(verify(url, for_s=20))
+    assert status == 2
+    assert said.startswith("verify: ")
+    assert len(said.splitlines()) == 1
