@@ -1,18 +1,20 @@
 // The live channel: one WebSocket that speaks jobs.v1.
 //
-// Strategy. The cursor (epoch, s) of the last applied frame is the truth about what this page has seen.
-// An event is applied only if its p is that s; else one was missed, and the page resumes from its cursor.
-// The server then either fills the gap or says reset and sends a snapshot. A lost connection is opened
-// again with full jitter and resumes the same way. A command is a promise that ack or err settles; one
-// that the connection's end leaves open is rejected, because nobody knows whether it was carried out.
+// Strategy. The cursor (epoch, s) of the last applied message is the truth about what this page has seen.
+// An ev or mark is applied only if its p is that s; else something was lost, and the page subscribes again
+// from its cursor. Until the ack it takes neither. The server then fills the gap, or sends a snapshot: its
+// first page is what comes while there is no cursor. All other pages are asked for when they are wanted,
+// so half a snapshot is a fine place to resume here. A lost connection is opened again with full jitter
+// and resumes the same way. A command is a promise that ack or err settles; one that the connection's end
+// leaves open is rejected, because nobody knows whether it was carried out.
 
 const PROTOCOL = "jobs.v1.json";
 const SUB = 1;
-const FIRST_MS = 250;
 const STEP_MS = 500;
 const MOST_MS = 30000;
 const ACK_MS = 20000;
 const PROBE_MS = 10000;
+const REPLACED = 4409;
 
 export class CommandError extends Error {
   constructor(frame) {
@@ -24,11 +26,13 @@ export class CommandError extends Error {
 }
 
 export class Channel {
-  // handlers: frame(frame) for snap, ev, p, counts, now, reset; status() whenever the state has changed.
-  constructor(tab, handlers) {
-    this.tab = tab;
+  // handlers: tab(anew) names this tab, by a new name if anew; frame(frame, first) for snap, ev, p, counts,
+  // now, and the ack of a resumed subscription; status() whenever the state has changed.
+  constructor(handlers) {
     this.handlers = handlers;
+    this.tab = handlers.tab(false);
     this.state = "connecting"; // connecting, live, lost, ended
+    this.code = null; // of the last close
     this.restarting = false;
     this.lostAt = null;
     this.retryAt = null;
@@ -39,7 +43,8 @@ export class Channel {
     this.tries = 0;
     this.nextId = 0;
     this.commands = new Map();
-    this.syncing = true;
+    this.asked = false; // a subscription is not answered yet
+    this.pauseMs = null; // what the server wants to be waited for
     this.hb = 15;
     addEventListener("online", () => this.retry());
     document.addEventListener("visibilitychange", () => {
@@ -72,8 +77,8 @@ export class Channel {
   }
 
   subscribe() {
-    this.syncing = true;
-    const resume = this.epoch === null ? {} : { epoch: this.epoch, s: this.s };
+    this.asked = true;
+    const resume = this.s === null ? {} : { epoch: this.epoch, s: this.s };
     this.say({ t: "sub", id: SUB, f: {}, ...resume });
   }
 
@@ -88,28 +93,17 @@ export class Channel {
         this.rtt = Math.round(performance.now() - this.saidAt);
         break;
       case "snap":
-        if (frame.id !== SUB) break;
-        if (frame.page === 1) {
-          this.epoch = frame.epoch;
-          this.s = frame.s;
-          this.synced();
-        }
-        this.handlers.frame(frame);
+        if (frame.id === SUB) this.snap(frame);
+        break;
+      case "reset":
+        if (frame.id === SUB) this.reset();
         break;
       case "ev":
-        if (frame.id !== SUB) break;
-        if (frame.p !== this.s) {
-          if (!this.syncing) this.subscribe();
-          break;
-        }
-        this.s = frame.s;
-        this.handlers.frame(frame);
-        break;
       case "mark":
-        if (frame.id === SUB && !this.syncing) this.s = Math.max(this.s, frame.s);
+        if (frame.id === SUB && !this.asked) this.follow(frame);
         break;
       case "ack":
-        if (frame.id === SUB) this.synced();
+        if (frame.id === SUB) this.answered(frame);
         else this.settle(frame.id, (command) => command.resolve(frame));
         break;
       case "err":
@@ -122,17 +116,51 @@ export class Channel {
         break;
       case "hb":
         this.say({ t: "hb", s: this.s ?? 0 });
-        break;
-      case "reset":
-        this.epoch = this.s = null;
+        if (!this.asked && this.s !== null && frame.s > this.s) this.subscribe();
         break;
       default:
         this.handlers.frame(frame);
     }
   }
 
+  answered(ack) {
+    this.asked = false;
+    if (ack.resumed) {
+      this.synced();
+      this.handlers.frame(ack);
+    } else this.epoch = this.s = null; // a snapshot follows
+  }
+
+  // After the ack this says only why. One that comes unasked, because this page has read too slowly, is
+  // answered by a subscription, so that no page of the list before is taken for one of the new.
+  reset() {
+    if (this.s === null) return;
+    this.epoch = this.s = null;
+    if (!this.asked) this.subscribe();
+  }
+
+  // A page's number does not tell whether it is the first: each subscription counts its own.
+  snap(page) {
+    const first = this.s === null;
+    if (first && this.asked) return;
+    if (first) {
+      this.epoch = page.epoch;
+      this.s = page.s;
+      this.synced();
+    }
+    this.handlers.frame(page, first);
+  }
+
+  follow(message) {
+    if (message.p !== this.s) {
+      this.subscribe();
+      return;
+    }
+    this.s = message.s;
+    if (message.t === "ev") this.handlers.frame(message);
+  }
+
   synced() {
-    this.syncing = false;
     if (this.state === "live") return;
     this.state = "live";
     this.tries = 0;
@@ -147,18 +175,19 @@ export class Channel {
     }
     if (this.state === "live") this.lostAt = Date.now();
     this.socket = null;
-    if (code >= 4400 && code < 4500) {
+    this.code = code;
+    // A tab that is duplicated has the name of the first, and ends its connection.
+    if (code === REPLACED) this.tab = this.handlers.tab(true);
+    else if (code >= 4400 && code < 4500) {
       this.state = "ended";
       this.handlers.status();
       return;
     }
     this.state = "lost";
     this.lostAt ??= Date.now();
-    if (code === 1012 || code === 1013) this.restarting ||= code === 1012;
-    const first = this.tries === 0 && !this.restarting;
-    let wait = first ? Math.random() * FIRST_MS : Math.random() * Math.min(MOST_MS, STEP_MS * 2 ** this.tries);
-    if (this.pauseMs) wait += this.pauseMs;
-    this.pauseMs = 0;
+    if (code === 1012) this.restarting = true;
+    const wait = this.pauseMs ?? Math.random() * Math.min(MOST_MS, STEP_MS * 2 ** this.tries);
+    this.pauseMs = null;
     this.tries += 1;
     this.retryAt = Date.now() + wait;
     this.timer = setTimeout(() => this.open(), wait);
@@ -193,8 +222,10 @@ export class Channel {
     }
   }
 
+  // Ask for a page. While a subscription is not answered this does nothing: the page might belong to a
+  // list that a snapshot replaces.
   more(cursor) {
-    this.say({ t: "more", id: SUB, cursor });
+    if (!this.asked && this.s !== null) this.say({ t: "more", id: SUB, cursor });
   }
 
   // Resolves with the ack once the change is committed; rejects with a CommandError.

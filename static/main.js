@@ -17,6 +17,7 @@ import { words } from "./words.js";
 
 const BANNER_MS = 1000;
 const SILENT_MS = 4000;
+const CROWDED = 4429; // the close code for too many connections
 const YEAR_S = 31536000;
 
 const random = () => [...crypto.getRandomValues(new Uint8Array(10))].map((byte) => (byte % 36).toString(36)).join("");
@@ -29,9 +30,9 @@ function clientId() {
   return id;
 }
 
-function tabId() {
+function tab(anew) {
   try {
-    const id = sessionStorage.getItem("tab") ?? random();
+    const id = (anew ? null : sessionStorage.getItem("tab")) ?? random();
     sessionStorage.setItem("tab", id);
     return id;
   } catch {
@@ -41,7 +42,7 @@ function tabId() {
 
 const store = new Store();
 const app = { me: clientId(), store, places: new Map(), choose, chooseFor, go };
-const channel = new Channel(tabId(), { frame: (frame) => store.frame(frame), status });
+const channel = new Channel({ tab, frame: (frame, first) => store.frame(frame, first), status });
 app.channel = channel;
 store.more = () => store.nextPage(channel);
 app.uploads = new Uploads(app.me, store, () => views.jobs.uploads([...app.uploads.items]));
@@ -147,7 +148,6 @@ let wasLost = false;
 
 function status() {
   const { state } = channel;
-  if (state === "lost") store.disconnected();
   const silent = performance.now() - channel.heardAt;
   const text = state === "live"
     ? silent > SILENT_MS && document.visibilityState === "visible" ? words.silent(Math.round(silent / 1000)) : words.live(channel.rtt)
@@ -158,7 +158,7 @@ function status() {
   const down = state === "ended" || (state === "lost" && (channel.restarting || Date.now() - channel.lostAt > BANNER_MS));
   if (down) {
     const ended = state === "ended";
-    setText(bannerText, ended ? words.banner.ended : channel.restarting ? words.banner.restart
+    setText(bannerText, ended ? (channel.code === CROWDED ? words.banner.crowded : words.banner.ended) : channel.restarting ? words.banner.restart
       : store.ready ? words.banner.lost(format.second(channel.lostAt)) : words.banner.never);
     const s = Math.ceil(((channel.retryAt ?? 0) - Date.now()) / 1000);
     setText(bannerNext, ended ? "" : words.banner.again(channel.retryAt ? s : 0));

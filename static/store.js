@@ -39,9 +39,11 @@ export class Store {
     return this.order;
   }
 
-  frame(frame) {
+  // first: of a snap, whether it begins a list rather than goes on with it.
+  frame(frame, first) {
     switch (frame.t) {
-      case "snap": return this.snapshot(frame);
+      case "snap": return this.snapshot(frame, first);
+      case "ack": return this.resumed();
       case "ev": return this.event(frame);
       case "p": return this.progress(frame);
       case "counts":
@@ -54,10 +56,10 @@ export class Store {
     }
   }
 
-  snapshot(frame) {
+  snapshot(frame, first) {
     this.paging = false;
     this.counts = frame.counts;
-    if (frame.page === 1) {
+    if (first) {
       const before = frame.epoch === this.epoch ? this.rows : new Map();
       this.epoch = frame.epoch;
       this.rows = new Map();
@@ -73,6 +75,13 @@ export class Store {
     this.cursor = frame.last ? null : frame.cursor;
     this.ready = true;
     this.tell({ rows: null, counts: true });
+    if (this.pages < this.wanted) this.more?.();
+  }
+
+  // A page that was asked for before does not come any more: whoever wants one asks again.
+  resumed() {
+    this.paging = false;
+    this.tell({ rows: null });
     if (this.pages < this.wanted) this.more?.();
   }
 
@@ -138,11 +147,6 @@ export class Store {
     this.paging = true;
     channel.more(this.cursor);
     return true;
-  }
-
-  // For a connection that has ended: a page that was asked for does not come.
-  disconnected() {
-    this.paging = false;
   }
 }
 

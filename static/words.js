@@ -20,6 +20,7 @@ export const words = {
     again: (s) => (s > 0 ? `Reconnecting in ${s} s` : "Reconnecting …"),
     now: "Try now",
     ended: "The server has closed this channel. Reload the page to go on.",
+    crowded: "You have too many pages open here. Close some, then reload this one.",
     reload: "Reload",
   },
   back: "Connected again.",

@@ -28,6 +28,23 @@ MB = 1_000_000
 # What Chromium says of a server that is not there, or that is just starting.
 DOWN = ["net::ERR_", "WebSocket connection", "status of 503"]
 Curl = Callable[..., subprocess.Popen[bytes]]
+# Keeps what the page says, and loses all events until one that leads to the state ``lose``.
+LOSSY = """
+window.said = [];
+window.WebSocket = class extends WebSocket {
+  set onmessage(hear) {
+    super.onmessage = (event) => {
+      const events = [JSON.parse(event.data)].flat().filter((message) => message.t === "ev");
+      if (!window.lose || events.length === 0) hear(event);
+      else if (events.some((message) => message.to === window.lose)) window.lose = null;
+    };
+  }
+  send(text) {
+    window.said.push(JSON.parse(text));
+    super.send(text);
+  }
+};
+"""
 
 
 @pytest.fixture
@@ -110,6 +127,27 @@ def slow_down(context: BrowserContext, page: Page, bytes_per_s: float) -> None:
     session = context.new_cdp_session(page)
     session.send("Network.enable")
     session.send("Network.emulateNetworkConditions", limits)
+
+
+def count_slowly(server: Server, name: str) -> str:
+    """Start a process that goes on for minutes, a percent each second or two; its id."""
+    params = {"steps": 5000, "delay_s": 0.02}
+    started = server.post("/v1/jobs", {"kind": "count", "params": params, "name": name})
+    return str(started.json["id"])
+
+
+def lose_its_pause(server: Server, page: Page, job_id: str) -> None:
+    """Pause a job, and let the page lose the events that tell of it."""
+    page.evaluate("window.lose = 'paused'")
+    server.post(f"/v1/jobs/{job_id}/pause")
+    page.wait_for_function("() => window.lose === null")
+    expect(row(page, "counting")).not_to_contain_text("Paused")
+
+
+def subscriptions(page: Page) -> list[Any]:
+    """What a lossy page has subscribed with."""
+    said: list[Any] = page.evaluate("window.said.filter((message) => message.t === 'sub')")
+    return said
 
 
 def content(server: Server, name: str) -> bytes:
@@ -205,6 +243,68 @@ def test_page_drops_what_a_new_server_does_not_know(
     expect(page.locator("li[data-job]")).to_have_count(0)
     server.post("/upload?file_name=new.txt&is_complete=true", b"new")
     expect(row(page, "new.txt")).to_contain_text("Done")
+
+
+def test_duplicated_tab(server: Server, page: Page, context: BrowserContext) -> None:
+    """A tab whose twin has taken its name takes another; both stay connected and see all."""
+    sockets: list[str] = []
+    page.on("websocket", lambda socket: sockets.append(socket.url))
+    page.goto(server.url)
+    expect(page.locator(".live")).to_have_attribute("data-state", "live")
+    name = page.evaluate("sessionStorage.getItem('tab')")
+    twin = context.new_page()
+    twin.on("websocket", lambda socket: sockets.append(socket.url))
+    twin.add_init_script(f"sessionStorage.setItem('tab', '{name}')")
+    twin.goto(server.url)
+    page.wait_for_function("(name) => sessionStorage.getItem('tab') !== name", arg=name)
+    job = count_slowly(server, "counting")
+    for tab in (page, twin):
+        see_values(tab, "counting", 2)
+    server.post(f"/v1/jobs/{job}/cancel")
+    for tab in (page, twin):
+        expect(row(tab, "counting")).to_contain_text("Cancelled")
+        expect(tab.locator(".live")).to_have_attribute("data-state", "live")
+    assert twin.evaluate("sessionStorage.getItem('tab')") == name
+    assert len(sockets) == 3  # the first of the page was closed, and no other
+
+
+@pytest.mark.parametrize("by", ["next event", "heartbeat"])
+def test_lost_event_is_noticed(server: Server, page: Page, by: str) -> None:
+    """A page that has lost events asks from where it was, once, and shows what it has missed."""
+    page.add_init_script(LOSSY)
+    page.goto(server.url)
+    job = count_slowly(server, "counting")
+    see_values(page, "counting", 1)
+    lose_its_pause(server, page, job)
+    if by == "next event":
+        count_slowly(server, "another")
+    # else a heartbeat tells of it, when there was no event for 15 s
+    expect(row(page, "counting")).to_contain_text("Paused", timeout=60_000)
+    [first, again] = subscriptions(page)
+    assert "s" not in first
+    assert again["s"] > 0
+    server.post(f"/v1/jobs/{job}/resume")
+    see_values(page, "counting", 2)
+    assert len(subscriptions(page)) == 2
+
+
+def test_older_jobs_are_loaded_after_a_resume(server: Server, page: Page) -> None:
+    """A page that had to resume loads older jobs below those that it has."""
+    for i in range(70):
+        server.post("/v1/jobs", {"kind": "count", "params": {"steps": 0}, "name": f"job {i:03}"})
+    job = count_slowly(server, "counting")
+    eventually(lambda: len(server.jobs("?state=succeeded&limit=500")) == 70, "all have ended")
+    page.add_init_script(LOSSY)
+    page.goto(server.url)
+    see_values(page, "counting", 1)
+    lose_its_pause(server, page, job)
+    count_slowly(server, "another")
+    expect(row(page, "counting")).to_contain_text("Paused")
+    assert len(subscriptions(page)) == 2
+    expect(row(page, "job 000")).to_have_count(0)
+    page.locator("li[data-job]").last.scroll_into_view_if_needed()
+    expect(row(page, "job 000")).to_have_count(1)
+    expect(page.locator("li[data-job]")).to_have_count(72)
 
 
 def test_page_uploads_a_file_that_comes_back_the_same(
