@@ -14,6 +14,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import resource
 import shutil
 import socket
 import subprocess
@@ -124,6 +125,20 @@ def status_of(pid: int, field: str) -> int:
         if line.startswith(f"{field}:"):
             return int(line.split()[1])
     raise KeyError(field)
+
+
+def pss_kib(pid: int) -> int:
+    """Memory that a process has, with its part of what it shares with others."""
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1])
+    raise KeyError(pid)
+
+
+def allow_many_files() -> None:
+    """Let the processes that are started from now on open as many files as may be."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 class _Process:
@@ -246,13 +261,82 @@ class Nginx(_Process):
             text=True,
             stderr=subprocess.DEVNULL,  # the built-in error log; ours is in the folder
         )
-        for _ in range(500):
-            try:
-                socket.create_connection(("127.0.0.1", self.port)).close()
-                return
-            except ConnectionRefusedError:
-                time.sleep(0.01)
-        raise RuntimeError(f"nginx did not start: {(config.parent / 'error.log').read_text()}")
+        _connected(self.port, config.parent / "error.log").close()
+
+
+_NCHAN = """
+daemon off;
+master_process off;
+worker_processes 1;
+worker_rlimit_nofile {files};
+load_module /usr/lib/nginx/modules/ngx_nchan_module.so;
+pid {folder}/pid;
+error_log {folder}/error.log;
+events {{ worker_connections {files}; }}
+http {{
+    access_log off;
+    keepalive_requests 1000000000;
+    keepalive_timeout 1d;
+    client_header_timeout 1d;
+    client_body_temp_path {folder}/body;
+    proxy_temp_path {folder}/proxy;
+    fastcgi_temp_path {folder}/fastcgi;
+    uwsgi_temp_path {folder}/uwsgi;
+    scgi_temp_path {folder}/scgi;
+    server {{
+        listen 127.0.0.1:{port} backlog=4096;
+        nchan_channel_id all;
+        nchan_message_buffer_length 10000;
+        nchan_message_timeout 1m;
+        nchan_subscriber_first_message newest;
+        nchan_websocket_ping_interval 20s;
+        location = /publish {{ nchan_publisher http; }}
+        location = /subscribe {{ nchan_subscriber websocket; }}
+    }}
+}}
+"""
+
+
+class Nchan(_Process):
+    """The peer for live channels: nginx with nchan, one process, messages kept in memory."""
+
+    path = "/subscribe"
+    _FILES = 20_000
+
+    def __init__(self, folder: Path) -> None:
+        home = folder / "nchan"
+        home.mkdir()
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        config = home / "nginx.conf"
+        config.write_text(_NCHAN.format(folder=home, port=self.port, files=self._FILES))
+        self._process = subprocess.Popen(
+            ["nginx", "-p", str(home), "-c", str(config)], text=True, stderr=subprocess.DEVNULL
+        )
+        self._publisher = _connected(self.port, home / "error.log")
+        self._publisher.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def publish(self, message: bytes) -> None:
+        """POST one message on the one kept connection, and wait for the answer."""
+        head = b"POST /publish HTTP/1.1\r\nHost: nchan\r\nContent-Length: %d\r\n\r\n"
+        self._publisher.sendall(head % len(message) + message)
+        answer = self._publisher.recv(4096)
+        if not answer.startswith((b"HTTP/1.1 201 ", b"HTTP/1.1 202 ")):
+            raise RuntimeError(answer.decode("latin-1"))
+
+    def __exit__(self, *_: object) -> None:
+        self._publisher.close()
+        super().__exit__()
+
+
+def _connected(port: int, log: Path) -> socket.socket:
+    """A connection to a server that is just starting."""
+    for _ in range(500):
+        try:
+            return socket.create_connection(("127.0.0.1", port))
+        except ConnectionRefusedError:
+            time.sleep(0.01)
+    raise RuntimeError(f"nginx did not start: {log.read_text() if log.exists() else ''}")
 
 
 class TusServer(_Process):
