@@ -404,6 +404,11 @@ class Feed:
         sub.held = False
         self.pump(monotonic())
 
+    async def _begin_anew(self, sub: Subscription) -> None:
+        """What followed its cursor was forgotten while it was away."""
+        if self._subs.get(sub.view.id) is sub:  # it has not asked for something else meanwhile
+            await self._anew(sub.view.id, sub.view.select, "retention", sub.page_rows)
+
     async def _more(self, asked: messages.More) -> None:
         sub = self._subs.get(asked.id)
         if sub is None:
@@ -637,13 +642,11 @@ class Feed:
             batch = await self._hub.read(sub)
         except Lost:
             self._reading = False
-            view = sub.view
             sub.held = True
-            if self._subs.get(view.id) is sub:
-                self._do(
-                    view.id,
-                    lambda: self._anew(view.id, view.select, "retention", sub.page_rows),
-                )
+            if self._waiting is not None and len(self._waiting) >= _WAITING:
+                self._shell.fail()  # it may begin anew, without all those questions
+            else:
+                self._do(sub.view.id, lambda: self._begin_anew(sub))
             return
         except BaseException:
             self._reading = False
@@ -661,7 +664,9 @@ class Feed:
     def beat(self, now_s: float) -> None:
         """Whatever is due by the clock: marks, counts, numbers, a heartbeat."""
         self.leave()
-        if not self._shell.beat(now_s) or self.closed or self.pipe.busy or self._reading:
+        if self.closed or not self._shell.beat(now_s):
+            return
+        if self.closed or self.pipe.busy or self._reading:
             return
         feeds = self._feeds
         due: list[Callable[[], bytes | None]] = [sub.mark for sub in self._each]

@@ -15,32 +15,9 @@ from jobs import events as module
 from jobs.channel import Cursor, Select, Subscription, Sweep, text_frame
 from jobs.events import Hub, Lost
 from jobs.manager import Mark
-from storage import Event, Job, Progress
+from storage import Event, Job
 from storage.state_sqlite import SqliteState
-
-
-def an_event(seq: int, job: str = "j1", **change: Any) -> Event:
-    """One transition of one job."""
-    fields: dict[str, Any] = {
-        "seq": seq,
-        "job": job,
-        "version": seq,
-        "kind": "count",
-        "owner": "ann",
-        "at": 1_800_000_000_123,
-        "from_": "queued",
-        "to": "running",
-        "cause": "claimed",
-        "actor": "service",
-        "row": msgspec.Raw(b'{"id":"' + job.encode() + b'"}'),
-    }
-    return Event(**fields | change)
-
-
-def a_mark(job: str = "j1", **change: Any) -> Mark:
-    """The progress of one job."""
-    mark = Mark(job, 7, 3, "ann", "count", "running", "numbers", Progress(done=5, total=9))
-    return mark._replace(**change)
+from tests.jobs.records import a_mark, an_event
 
 
 class Log:
