@@ -161,10 +161,10 @@ def test_curl_uploads_move_the_bar(
 ) -> None:
     """The bars of a form and of a raw upload by curl show at least three different values."""
     page.goto(server.url)
-    form, raw = make("form.bin", 6 * MB), make("raw.bin", 6 * MB)
+    form, raw = make("form.bin", 10 * MB), make("raw.bin", 10 * MB)
     curl("--limit-rate", "2M", "-F", f"file=@{form}", f"{server.url}/upload")
     see_values(page, "form.bin", 3)
-    query = f"file_name=raw.bin&file_size={6 * MB}"
+    query = f"file_name=raw.bin&file_size={10 * MB}"
     curl("--limit-rate", "2M", "-X", "POST", "-T", str(raw), f"{server.url}/upload?{query}")
     see_values(page, "raw.bin", 3)
     for path in (form, raw):
@@ -316,7 +316,7 @@ def test_page_uploads_a_file_that_comes_back_the_same(
 ) -> None:
     """A chosen file is uploaded with progress, and the download has the same bytes."""
     page.goto(server.url)
-    slow_down(context, page, 15 * MB)
+    slow_down(context, page, 5 * MB)
     path = make("a & b %41 ünï.bin", 30 * MB)
     page.set_input_files("#picker", path)
     see_values(page, path.name, 3)

@@ -191,7 +191,9 @@ async def test_no_more_jobs_run_than_there_are_slots(tmp_path: Path) -> None:
         nonlocal running, most
         running += 1
         most = max(most, running, world.manager.running)
-        await ctx.sleep(0.02)
+        while most < 8:  # the first ones wait until all slots are taken
+            await ctx.sleep(0.005)
+        await ctx.sleep(0.005)
         running -= 1
 
     async with World(tmp_path, a_kind("busy", busy), limits=Limits(slots=8)) as world:
