@@ -269,7 +269,6 @@ class LiveHandler(WithOptions, StrictWebSocketHandler):
         elif now_s - self._heard_s > _SILENT_S:
             self._end(4510, "silent")
         elif self.feed.pipe.stalled_s(now_s) > STALLED_S:
-            self.feed.pipe.widen()
             self._end(4508, "stalled")
         elif now_s - self._pinged_s > _PING_S:
             self._pinged_s = now_s
@@ -298,6 +297,7 @@ class LiveHandler(WithOptions, StrictWebSocketHandler):
     def _end(self, code: int, reason: str) -> None:
         if self.feed is not None:
             self.feed.close()
+            self.feed.pipe.widen()  # who does not read now shall still find the code
         self.end(code, reason)
 
 
