@@ -40,6 +40,7 @@ from jobs.manager import Mark
 from storage import Boot, Event, State
 
 RING = 4096
+_VIEWS = 64  # for which frames are kept at once
 _MARK_S = 60.0  # after which progress that is not replaced is dropped
 
 
@@ -144,15 +145,16 @@ class Hub:
             return None
         # By search: what is at a place can't be counted, for a log may have holes in its numbers.
         at = bisect_right(self._ring, sub.seq, key=lambda event: event.seq)
-        batch = sub.view.batch(islice(self._ring, at, None), sub.seq, sub.sent)
+        self._make_room()
         self._built.add(sub.view)
-        return batch
+        return sub.view.batch(islice(self._ring, at, None), sub.seq, sub.sent)
 
     async def read(self, sub: Subscription) -> Batch:
         """``next`` for one that lags behind the ring. Raises Lost."""
         events = await self.after(sub.seq, BATCH_EVENTS)
         if not events:
             return Batch(None, self.seq, sub.sent)
+        self._make_room()
         self._built.add(sub.view)
         return sub.view.batch(events, sub.seq, sub.sent)
 
@@ -172,6 +174,7 @@ class Hub:
             return None, sweep
         told = self._told.get((views, sweep))
         if told is None:
+            self._make_room()
             marks, after = self.latest.since(
                 sweep, lambda mark: any(view.wants_mark(mark) for view in views)
             )
@@ -179,6 +182,11 @@ class Hub:
             told = _Told(views[0].door([text]) if text else None, after)
             self._told[views, sweep] = told
         return told
+
+    def _make_room(self) -> None:
+        """Where few are alike little is shared: frames kept for each would fill the memory."""
+        if len(self._built) + len(self._told) >= _VIEWS:
+            self.forget_frames()
 
     def forget_frames(self) -> None:
         """Drop the frames that were built; whoever comes later gets others."""

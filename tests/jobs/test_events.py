@@ -159,6 +159,18 @@ async def test_subscriptions_that_are_alike_share_frames(tmp_path: Path) -> None
         assert first_frame(1) is not frame
 
 
+async def test_frames_of_many_unlike_views_are_not_all_kept(tmp_path: Path) -> None:
+    """Where each subscription needs a frame of its own, those made before are soon forgotten."""
+    async with a_log(tmp_path) as log:
+        await log.create("j1")
+        await log.caught_up()
+        views = [log.hub.view(id, "ann", Select(), text_frame) for id in range(1, 1001)]
+        for view in views:
+            batch = log.hub.next(Subscription(view, 0))
+            assert batch is not None and batch.frame is not None
+        assert 0 < sum(len(view.memo) for view in views) <= module._VIEWS
+
+
 async def test_views_live_as_long_as_their_subscriptions(tmp_path: Path) -> None:
     """However many filters were ever asked for, only those in use are kept."""
     async with a_log(tmp_path) as log:
