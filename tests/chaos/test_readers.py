@@ -1,12 +1,19 @@
-"""Subscribers that read nothing, or too slowly: what they cost, and that they lose nothing."""
+"""Subscribers that do not read, or hardly: what they cost, and that they lose nothing.
+
+The transitions are made by pausing and resuming jobs that wait for a far day: nothing runs, so the
+log grows as fast as it can be committed. Each reader has an id of its own for its subscription, so
+that no two share a frame: the most that they can cost.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import json
+import socket
+import subprocess
 import time
 from collections.abc import Iterator
-from socket import SO_RCVBUF, SOL_SOCKET
+from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,134 +22,303 @@ import websocket
 from tests.conftest import Serve
 from tests.harness import FULL, Server, eventually
 
-READERS, TRANSITIONS = (1000, 100_000) if FULL else (60, 1500)
+READERS, JOBS, TRANSITIONS = (1000, 1000, 100_000) if FULL else (100, 150, 1500)
 KIB_EACH = 64
-FLIGHT = 16  # commands at once
+RING = 4096  # events that the server keeps in memory, whoever reads
+NUDGE_S = 10.0
+PROTOCOL = "jobs.v1.json"
 
 pytestmark = pytest.mark.chaos
 
 
-def a_reader(server: Server, cursor: Any = None) -> websocket.WebSocket:
-    """A subscriber to everything with little room, which has read nothing yet."""
-    ws = websocket.create_connection(
-        f"ws://127.0.0.1:{server.port}/v1/ws",
-        subprotocols=["jobs.v1.json"],
-        suppress_origin=True,
-        timeout=60,
-        sockopt=[(SOL_SOCKET, SO_RCVBUF, 4096)],
-    )
-    ws.send(json.dumps([{"t": "hello"}, {"t": "sub", "id": 1, **(cursor or {})}]))
-    return ws
+class Jobs:
+    """Jobs that never run, and are paused and resumed all together."""
+
+    def __init__(self, server: Server, n: int) -> None:
+        self.n = n
+        self.transitions = 0
+        self._server = server
+        self._paused = False
+        self._socket = server.socket(PROTOCOL)
+        self._socket.say(t="hello")
+        args = {"kind": "count", "params": {"steps": 0}, "not_before": "2100-01-01T00:00:00Z"}
+        for _ in range(n):
+            self._command("start", args=args)
+
+    def _command(self, op: str, **more: Any) -> Any:
+        self._socket.say(t="cmd", id=1, op=op, **more)
+        answer = self._socket.until(lambda m: m["t"] in ("ack", "err"), 120)
+        assert answer["t"] == "ack", answer
+        return answer
+
+    def turn(self) -> None:
+        """One transition of each."""
+        ack = self._command("resume" if self._paused else "pause", f={"kind": ["count"]})
+        assert (ack["n"], ack["failures"]) == (self.n, 0)
+        self._paused = not self._paused
+        self.transitions += self.n
+
+    def versions(self) -> dict[str, int]:
+        """The version of each job."""
+        found: dict[str, int] = {}
+        query = "?limit=500"
+        while True:
+            page = self._server.get(f"/v1/jobs{query}").json
+            found |= {row["id"]: row["version"] for row in page["items"]}
+            if page["next"] is None:
+                return found
+            query = f"?limit=500&after={page['next']}"
+
+    def close(self) -> None:
+        """Give no more commands."""
+        self._socket.close()
 
 
-def messages(ws: websocket.WebSocket) -> Iterator[Any]:
-    """What it reads, to its end."""
-    while True:
-        frame = ws.recv_frame()  # type: ignore[no-untyped-call] # the server sends no fragments
-        if frame.opcode == websocket.ABNF.OPCODE_CLOSE:
-            yield {"t": "closed", "code": int.from_bytes(frame.data[:2], "big")}
-            return
-        if frame.opcode == websocket.ABNF.OPCODE_PING:
-            with contextlib.suppress(OSError):  # it may have hung up; what it said is still there
-                ws.pong(frame.data)
-            continue
-        said = json.loads(frame.data)
-        yield from said if isinstance(said, list) else [said]
+class Reader:
+    """A subscriber to all jobs that reads only when it is told to, and checks what it reads."""
+
+    def __init__(self, server: Server, id: int = 1, cid: str = "") -> None:
+        self.id = id
+        self.cid = cid
+        self.answers = True  # pings
+        self.s = -1
+        self.events = 0
+        self.versions: dict[str, int] = {}
+        self.resumed = 0
+        self._server = server
+        self._epoch = ""
+        self._connect()
+        while self.s < 0:
+            assert self.take(), self.code
+
+    def _connect(self, **cursor: Any) -> None:
+        self.code: int | None = None
+        self._unread = bytearray()
+        self.ws: Any = websocket.create_connection(
+            f"ws://127.0.0.1:{self._server.port}/v1/ws",
+            subprotocols=[PROTOCOL],
+            timeout=60,
+            sockopt=[(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)],
+            suppress_origin=True,
+        )
+        sub = {"t": "sub", "id": self.id, "f": {"kind": ["count"]}, "page": 1} | cursor
+        self.ws.send(json.dumps([{"t": "hello", "cid": self.cid}, sub]))
+
+    def resume(self) -> None:
+        """Go on behind what was read, on a new connection."""
+        self.close()
+        self.resumed += 1
+        self._connect(epoch=self._epoch, s=self.s)
+
+    def take(self, n_bytes: int = 1 << 16) -> bool:
+        """Read what is there, at least a byte; False at the end of the connection."""
+        try:
+            data = self.ws.sock.recv(n_bytes)
+        except ConnectionResetError:
+            data = b""
+        self._unread += data
+        while (frame := self._frame()) is not None:
+            self._hear(*frame)
+        return bool(data)
+
+    def _frame(self) -> tuple[int, bytes] | None:
+        """The next frame if it is there as a whole (RFC 6455 section 5.2)."""
+        unread = self._unread
+        if len(unread) < 2:
+            return None
+        begin = 2 + {126: 2, 127: 8}.get(unread[1], 0)
+        if len(unread) < begin:
+            return None
+        end = begin + (int.from_bytes(unread[2:begin], "big") if begin > 2 else unread[1])
+        if len(unread) < end:
+            return None
+        frame = unread[0], bytes(unread[begin:end])
+        del unread[:end]
+        return frame
+
+    def _hear(self, first: int, data: bytes) -> None:
+        assert first & 0xF0 == 0x80, "each frame is whole"
+        assert self.code is None, "nothing follows the close"
+        match first & 0x0F:
+            case websocket.ABNF.OPCODE_CLOSE:
+                self.code = int.from_bytes(data[:2], "big")
+            case websocket.ABNF.OPCODE_PING:
+                if self.answers:
+                    with suppress(OSError):  # the server may have hung up since
+                        self.ws.pong(data)
+            case _:
+                said = json.loads(data)
+                for message in said if isinstance(said, list) else [said]:
+                    self._apply(message)
+
+    def _apply(self, message: Any) -> None:
+        match message["t"]:
+            case "snap":
+                assert self.s < 0, "a resume needs no snapshot"
+                self.s, self._epoch = message["s"], message["epoch"]
+            case "ack":
+                assert message["resumed"] == (self.s >= 0)
+            case "ev" | "mark":
+                assert message["p"] == self.s < message["s"]
+                self.s = message["s"]
+                if message["t"] == "ev":
+                    self._event(message["row"])
+
+    def _event(self, row: Any) -> None:
+        known = self.versions.get(row["id"])
+        assert known is None or row["version"] == known + 1
+        self.versions[row["id"]] = row["version"]
+        self.events += 1
+
+    def read_to(self, seq: int) -> None:
+        """Read up to a place in the log; if it was closed for its silence, go on from there."""
+        self.ws.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 18)  # it hurries now
+        while self.s < seq:
+            if not self.take():
+                # None: it has answered a ping of a server that had hung up, and was reset.
+                assert self.code in (4508, 4510, None)
+                self.resume()
+
+    def close(self) -> None:
+        """Hang up."""
+        self.ws.shutdown()
 
 
-def make_transitions(server: Server, n: int) -> None:
-    """Run jobs that end at once: three transitions each."""
-    channel = server.socket("jobs.v1.json")
-    channel.say(t="hello", ver=1)
-    start = {"t": "cmd", "op": "start", "args": {"kind": "count", "params": {"steps": 0}}}
-    asked = answered = 0
-    while answered < n // 3:
-        while asked < n // 3 and asked - answered < FLIGHT:
-            asked += 1
-            channel.say(**start, id=asked)
-        ack = channel.until(lambda m: m["t"] in ("ack", "err"), 60)
-        assert ack["t"] == "ack", ack
-        answered += 1
-    eventually(
-        lambda: server.get("/v1/jobs?limit=1").json["counts"].get("succeeded", 0) >= n // 3,
-        "all have ended",
-        120,
-    )
-    channel.close()
+@pytest.fixture
+def ends() -> Iterator[ExitStack]:
+    """Closes what a test opens, before its server ends."""
+    with ExitStack() as stack:
+        yield stack
 
 
 def newest(server: Server) -> int:
-    """The place behind the last event."""
-    return int(server.get("/v1/jobs?limit=1").json["cursor"].rpartition(":")[2])
+    """The number of the newest event."""
+    return int(server.get("/v1/events").json["cursor"].rpartition(":")[2])
 
 
-def test_who_does_not_read_costs_no_more_than_its_connection(serve: Serve) -> None:
-    """Many that never read cost under 64 KiB each, and one that reads in the end gets all."""
-    server = serve("--max-sockets", "5000", "--max-queued", "1000000", "--slots", "100")
-    make_transitions(server, 15_000 if FULL else 4500)  # fills the ring, and warms all up
+def kernel_kib(server: Server) -> int:
+    """Memory that the kernel holds for what was not sent on the server's connections (ss -m)."""
+    ours = ["sport", "=", f":{server.port}"]
+    try:
+        told = subprocess.run(["ss", "-Htmn", *ours], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return 0
+    fields = [field for part in told.stdout.split("skmem:(")[1:] for field in part.split(",")]
+    return sum(int(field[1:]) for field in fields if field[0] == "w" and field[1:].isdigit()) >> 10
+
+
+def is_held(server: Server, reader: Reader) -> bool:
+    """Whether the server's process still has a reader's connection; the kernel may keep it on."""
+    ours = f":{reader.ws.sock.getsockname()[1]:04X}"
+    for line in Path("/proc/net/tcp").read_text().splitlines():
+        _, local, remote, *more = line.split()
+        if local.endswith(f":{server.port:04X}") and remote.endswith(ours):
+            return more[6] != "0"  # the inode
+    return False
+
+
+def test_subscribers_that_do_not_read_cost_little(
+    serve: Serve, ends: ExitStack, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each costs less than 64 KiB however much happens, and gets all of it when it reads."""
+    server = serve("--max-sockets", str(READERS + 10))
+    jobs = Jobs(server, JOBS)
+    ends.callback(jobs.close)
+    while jobs.transitions <= RING:  # fills the ring, and warms all up
+        jobs.turn()
     before_kib = server.status("VmRSS")
-    began = time.monotonic()
-    readers = [a_reader(server) for _ in range(READERS)]
-    late = a_reader(server)
-    seq = newest(server)
-    make_transitions(server, TRANSITIONS)
-    each_kib = (server.status("VmRSS") - before_kib) / READERS
-    print(f"{READERS} readers, {TRANSITIONS} transitions: {each_kib:.1f} KiB each")
-    assert each_kib < KIB_EACH
-    last, at, told, cursor = newest(server), None, 0, None
-    while at is None or at < last:
-        for message in messages(late):
-            if message["t"] == "snap":
-                at = message["s"] if at is None else at
-                cursor = {"epoch": message["epoch"]}
-            elif message["t"] in ("ev", "mark"):
-                assert message["p"] == at
-                at, told = message["s"], told + (message["t"] == "ev")
-            elif message["t"] == "closed":  # that took more than half a minute: it comes back
-                assert message["code"] == 4508
-                assert time.monotonic() - began > 30
-                late.shutdown()  # type: ignore[no-untyped-call]
-                late = a_reader(server, {**(cursor or {}), "s": at})
-            if at is not None and at >= last:
-                break
-    assert told == last - seq
-    for ws in (*readers, late):
-        ws.shutdown()  # type: ignore[no-untyped-call]
+    readers = []
+    for id in range(1, READERS + 1):
+        readers.append(Reader(server, id))
+        ends.callback(readers[-1].close)
+    opened_kib = most_kib = server.status("VmRSS")
+    began_s = nudged_s = time.monotonic()
+    jobs.transitions = 0
+    while jobs.transitions < TRANSITIONS:
+        jobs.turn()
+        most_kib = max(most_kib, server.status("VmRSS"))
+        if time.monotonic() - nudged_s > NUDGE_S:
+            # A bit and a sign of life, so that none is closed before the end and costs nothing.
+            nudged_s = time.monotonic()
+            for reader in readers:
+                reader.take()
+                reader.ws.send('{"t":"hb"}')
+    took_s = time.monotonic() - began_s
+    with capsys.disabled():
+        print(
+            f"\n{READERS} readers, {jobs.transitions} transitions in {took_s:.0f} s: "
+            f"{(opened_kib - before_kib) / READERS:.1f} KiB each when opened, "
+            f"{(most_kib - before_kib) / READERS:.1f} KiB at the most, "
+            f"and {kernel_kib(server) / READERS:.1f} KiB in the kernel"
+        )
+    assert most_kib - before_kib < KIB_EACH * READERS
+
+    end = newest(server)
+    versions = jobs.versions()
+    for reader in readers[:: READERS // 2]:
+        assert reader.s < end, "it has not read"
+        reader.read_to(end)
+        assert (reader.events, reader.versions) == (jobs.transitions, versions)
 
 
-if FULL:
+def test_who_does_not_read_still_finds_why_it_was_closed(server: Server, ends: ExitStack) -> None:
+    """A close comes behind all of the frame that was under way, however late that is read."""
+    jobs = Jobs(server, 100)
+    ends.callback(jobs.close)
+    older = Reader(server, cid="tab")
+    older.answers = False  # a pong to who has hung up would reset the connection
+    ends.callback(older.close)
+    for _ in range(10):
+        jobs.turn()
+    newer = Reader(server, cid="tab")
+    ends.callback(newer.close)
+    eventually(lambda: not is_held(server, older), "the server has closed it")
+    while older.take():
+        pass
+    assert older.code == 4409
+    assert 0 < older.events < jobs.transitions
 
-    def test_who_reads_nothing_for_half_a_minute_is_closed(serve: Serve) -> None:
-        """It gets whole frames, then 4508, and resumes; one that reads slowly stays."""
-        server = serve()
-        stalled, slow = a_reader(server), a_reader(server)
-        seq = newest(server)
-        make_transitions(server, 3000)
-        reading = messages(slow)
-        at_slow, end = None, time.monotonic() + 45
-        while time.monotonic() < end:
-            message = next(reading)
-            assert message["t"] != "closed"
-            if message["t"] in ("snap", "ev", "mark"):
-                at_slow = message["s"]
-            time.sleep(0.02)
-        assert at_slow is not None
-        seen = list(messages(stalled))
-        assert seen[-1] == {"t": "closed", "code": 4508}
-        at = next(m["s"] for m in seen if m["t"] == "snap")
-        epoch = next(m["epoch"] for m in seen if m["t"] == "snap")
-        for message in seen:
-            if message["t"] in ("ev", "mark"):
-                assert message["p"] == at
-                at = message["s"]
-        assert seq <= at < newest(server)
-        again = a_reader(server, {"epoch": epoch, "s": at})
-        for message in messages(again):
-            assert message["t"] not in ("snap", "reset", "closed")
-            if message["t"] in ("ev", "mark"):
-                assert message["p"] == at
-                at = message["s"]
-                if at == newest(server):
-                    break
-        for ws in (stalled, slow, again):
-            ws.shutdown()  # type: ignore[no-untyped-call]
+
+if FULL:  # they need more than thirty seconds each
+
+    def test_a_slow_reader_is_not_closed(server: Server, ends: ExitStack) -> None:
+        """Who reads a few KiB a second for longer than thirty seconds stays connected."""
+        jobs = Jobs(server, 1000)
+        ends.callback(jobs.close)
+        reader = Reader(server)
+        ends.callback(reader.close)
+        for _ in range(2):
+            jobs.turn()
+        until_s = time.monotonic() + 50  # longer than an unanswered ping is borne, too
+        while time.monotonic() < until_s:
+            assert reader.take(1024), reader.code
+            time.sleep(0.25)
+        end = newest(server)
+        assert reader.s < end
+        reader.read_to(end)
+        assert reader.resumed == 0
+        assert (reader.events, reader.versions) == (2000, jobs.versions())
+
+    def test_who_reads_nothing_for_long_is_closed_and_resumes(
+        server: Server, ends: ExitStack
+    ) -> None:
+        """After thirty seconds it is closed with 4508 behind whole frames, and misses nothing."""
+        jobs = Jobs(server, 500)
+        ends.callback(jobs.close)
+        reader = Reader(server)
+        reader.answers = False  # a pong to who has hung up would reset the connection
+        ends.callback(reader.close)
+        began_s = time.monotonic()
+        for _ in range(2):
+            jobs.turn()
+        eventually(lambda: not is_held(server, reader), "the server has closed it", 120)
+        assert time.monotonic() - began_s > 30
+        while reader.take():
+            pass
+        assert reader.code == 4508
+        end = newest(server)
+        assert 0 < reader.events < 1000
+        assert reader.s < end
+        reader.read_to(end)
+        assert reader.resumed == 1
+        assert (reader.events, reader.versions) == (1000, jobs.versions())
