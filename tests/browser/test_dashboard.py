@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.conftest import need
-from tests.harness import Server, eventually, form
+from tests.harness import FULL, Server, eventually, form
 
 if TYPE_CHECKING:
     from playwright.sync_api import BrowserContext, Locator, Page
@@ -268,7 +268,7 @@ def test_duplicated_tab(server: Server, page: Page, context: BrowserContext) -> 
     assert len(sockets) == 3  # the first of the page was closed, and no other
 
 
-@pytest.mark.parametrize("by", ["next event", "heartbeat"])
+@pytest.mark.parametrize("by", ["next event", *(["heartbeat"] if FULL else [])])
 def test_lost_event_is_noticed(server: Server, page: Page, by: str) -> None:
     """A page that has lost events asks from where it was, once, and shows what it has missed."""
     page.add_init_script(LOSSY)

@@ -16,7 +16,7 @@ from tests.harness import ROOT, Server, eventually
 from tests.interop.proxy import Proxy
 
 
-def verify(url: str, *options: str, for_s: float = 4) -> subprocess.Popen[str]:
+def verify(url: str, *options: str, for_s: float = 2) -> subprocess.Popen[str]:
     """Start it."""
     return subprocess.Popen(
         [sys.executable, "-m", "jobs.verify", url, "--for", str(for_s), *options],
@@ -89,7 +89,7 @@ def test_cuts_lose_nothing(site: Server, caller: Caller) -> None:
     proxy = Proxy(site.port)
     try:
         with busy(caller) as made:
-            verifying = verify(f"http://127.0.0.1:{proxy.port}", for_s=6)
+            verifying = verify(f"http://127.0.0.1:{proxy.port}", for_s=4)
             for _ in range(4):
                 begun = made()
                 eventually(lambda begun=begun: made() > begun + 1, "jobs have moved")  # type: ignore[misc]
@@ -105,7 +105,7 @@ def test_a_restart_loses_nothing(serve: Serve) -> None:
     server = serve()
     caller = Caller(server, "c")
     with busy(caller) as made:
-        verifying = verify(server.url, for_s=8)
+        verifying = verify(server.url, for_s=6)
         eventually(lambda: made() > 2, "jobs have moved")
         server.kill()
         server.start()
