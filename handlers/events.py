@@ -24,7 +24,7 @@ from jobs.rows import event_row
 from jobs.states import STATES
 
 _RETRY_MS = 2000
-_WAIT_S, _LONGEST_WAIT_S = 0.0, 60.0
+_LONGEST_WAIT_S = 60.0
 _EVENTS, _MOST_EVENTS = 100, 500
 _LOOK = 500  # events that are looked through before the loop gets its turn
 _FILTERS = {"kind": "kind", "state": "state", "job": "jobs"}
@@ -125,7 +125,7 @@ class EventsHandler(BaseHandler):
         return number
 
     async def _poll(self, select: Select, values: dict[str, str]) -> None:
-        wait_s = self.number(values, "wait", 0, _LONGEST_WAIT_S) or _WAIT_S
+        wait_s = self.number(values, "wait", 0, _LONGEST_WAIT_S) or 0.0
         limit = int(self.number(values, "limit", 1, _MOST_EVENTS) or _EVENTS)
         hub = self.services.hub
         cursor = self.cursor(values)

@@ -352,10 +352,8 @@ class Feed:
             if why is None:
                 self._answer(messages.Subscribed(id=asked.id, s=cursor.seq, resumed=True))
                 sub = self._begin(asked.id, asked.f, cursor.seq)
-                sub.page_rows, sub.pages = (
-                    asked.page,
-                    1,
-                )  # it has a first page, or it would not resume
+                sub.page_rows = asked.page
+                sub.pages = 1  # it has the first one, or it would not resume
                 self.pump(monotonic())
                 return
         self._answer(messages.Subscribed(id=asked.id, s=hub.seq, resumed=False))
@@ -672,8 +670,7 @@ class Feed:
         due: list[Callable[[], bytes | None]] = [sub.mark for sub in self._each]
         counts = feeds.counts(self.owner)
         if counts is not None and counts.n != self._counts:
-            self._counts = counts.n
-            due += [partial(counts.frame, id, self._door) for id in self._subs]
+            due += [partial(self._counted, counts, id) for id in self._subs]
         if self.wants_now:
             due.append(partial(feeds.numbers, self.owner, self._door))
         if now_s - self._said_s > self._hb_after_s:
@@ -685,6 +682,10 @@ class Feed:
         self.pump(now_s)
         if not self.closed:
             self._join()
+
+    def _counted(self, counts: _Counts, id: int) -> bytes:
+        self._counts = counts.n  # not before: what found no room is told a second later
+        return counts.frame(id, self._door)
 
     def _heartbeat(self) -> bytes:
         """How far all was sent, for who has not been told by an event for a while."""
@@ -787,9 +788,6 @@ class Feeds:
         self._frames: dict[tuple[Any, ...], bytes] = {}
         self.tabs: dict[tuple[str, str], Shell] = {}  # by owner and name
         self.followers: set[Feed] = set()  # of logs
-
-    def __len__(self) -> int:
-        return len(self._bucket_of)
 
     def of(self, owner: str) -> int:
         """How many an owner has."""
