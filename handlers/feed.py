@@ -8,7 +8,7 @@ So a subscriber that does not read costs its cursors and one unfinished frame, a
 ones cost ten thousand visits a second.
 
 Most subscribers are alike, have room and lack nothing. Those stand together in a ``_Pack``, which
-has the cursor for all of them: a new event is one loop over the bound ``send`` of each. Whoever is
+has the cursor for all of them: a new event is one pass over the bound ``send`` of each. Whoever is
 unlike the others leaves the pack with a cursor of its own, and comes back when it is up to date.
 
 Order within a feed: answers and snapshots, then events, then progress. While a page of a snapshot
@@ -29,6 +29,8 @@ from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from contextlib import suppress
 from functools import partial
+from itertools import repeat
+from operator import call
 from time import monotonic
 from typing import Any, Protocol
 
@@ -39,7 +41,19 @@ from errors import SluiceError
 from handlers import messages
 from handlers.messages import encode
 from jobs import Filter, Job
-from jobs.channel import Cursor, Door, Pace, Said, Select, Subscription, Sweep, View, Why, snap_text
+from jobs.channel import (
+    Batch,
+    Cursor,
+    Door,
+    Pace,
+    Said,
+    Select,
+    Subscription,
+    Sweep,
+    View,
+    Why,
+    snap_text,
+)
 from jobs.events import Hub, Lost
 from jobs.files import now_ms
 from jobs.manager import Manager
@@ -54,7 +68,7 @@ STALLED_S = 30.0
 _TICK_S = 0.1
 _TICKS = 10  # a second; each feed is visited in one of them
 _SLICE = 128  # feeds that are visited before the loop gets its turn
-_SLICE_OF_PACK = 500  # of those that take one call each; some 3 ms
+_PACK = 500  # of those that take one call each; some 3 ms
 _BATCHES = 8  # of one feed, likewise
 _CONTROL_BYTES = 48 << 10  # answers in one frame
 _BACKLOG_BYTES = 64 << 10  # answers that were not taken; then no more is heard
@@ -204,7 +218,6 @@ class Feed:
     __slots__ = (
         "_control",
         "_control_bytes",
-        "_counts",
         "_door",
         "_each",
         "_feeds",
@@ -227,6 +240,7 @@ class Feed:
         "owner",
         "pace",
         "pipe",
+        "told_counts",
         "wants_now",
     )
 
@@ -262,7 +276,7 @@ class Feed:
         self._reading = False
         self._waiting: deque[Callable[[], Coroutine[Any, Any, None]]] | None = None
         self._worker: asyncio.Task[None] | None = None
-        self._counts = 0
+        self.told_counts = 0
         self._said_s = monotonic()
         self._hb_after_s = HEARTBEAT_S
 
@@ -398,7 +412,7 @@ class Feed:
         while self._whole and after is not None and not self.closed:
             await self._taken()
             after = await self._page(sub, after)
-        self._counts = 0
+        self.told_counts = 0
         sub.held = False
         self.pump(monotonic())
 
@@ -543,12 +557,13 @@ class Feed:
             return
         hub = self._hub
         newest = hub.seq
-        if self._pack is not None and self._pack.seq < newest:
-            self.leave()
         for sub in self._each if self._pack is None else ():
             if sub.seq < newest and not self._events(sub, now_s):
                 return
         if hub.latest.stamp > self._told and self.pace.due(now_s):
+            if self._pack is not None and self._pack.seq < newest:
+                self._feeds.look_again()  # the events of the pack go first
+                return
             frame, self._sweep = hub.progress(self._views, self._sweep)
             self._told = self._sweep.base
             if frame is not None:
@@ -583,9 +598,8 @@ class Feed:
         self._pack.members[self] = self.pipe.direct
         self._feeds.alone.pop(self, None)
 
-    def cut_short(self, pack: _Pack, frame: bytes, sent: int) -> None:
+    def cut_short(self, frame: bytes, sent: int) -> None:
         """The kernel did not take all of a frame that was sent to the pack."""
-        self._pack = pack
         if sent < 0:
             self.pipe.fail()
         else:
@@ -669,7 +683,7 @@ class Feed:
         feeds = self._feeds
         due: list[Callable[[], bytes | None]] = [sub.mark for sub in self._each]
         counts = feeds.counts(self.owner)
-        if counts is not None and counts.n != self._counts:
+        if counts is not None and counts.n != self.told_counts:
             due += [partial(self._counted, counts, id) for id in self._subs]
         if self.wants_now:
             due.append(partial(feeds.numbers, self.owner, self._door))
@@ -684,7 +698,7 @@ class Feed:
             self._join()
 
     def _counted(self, counts: _Counts, id: int) -> bytes:
-        self._counts = counts.n  # not before: what found no room is told a second later
+        self.told_counts = counts.n  # not before: what found no room is told a second later
         return counts.frame(id, self._door)
 
     def _heartbeat(self) -> bytes:
@@ -714,7 +728,7 @@ class _Follow:
 
 
 class _Pack:
-    """Feeds with the same one view that stand at the same place and have room."""
+    """At most ``_PACK`` feeds with the same one view that stand at the same place and have room."""
 
     __slots__ = ("members", "said_s", "sent", "seq", "view")
 
@@ -725,23 +739,34 @@ class _Pack:
         self.said_s = 0.0
         self.members: dict[Feed, Callable[[bytes], int]] = {}
 
-    def serve(self, frame: bytes, ahead: _Pack) -> None:
-        """Send a frame to some of the members; they are in the pack ahead afterwards."""
-        members, size = self.members, len(frame)
-        others = ahead.members
-        for _ in range(min(_SLICE_OF_PACK, len(members))):
-            feed, direct = members.popitem()
-            others[feed] = direct
+    def serve(self, batch: Batch, now_s: float) -> None:
+        """Go on behind a batch, and send it to all members."""
+        frame, self.seq, self.sent = batch
+        if frame is not None:
+            self.said_s = now_s
+            self._send(frame)
+
+    def tell(self, counts: _Counts) -> None:
+        """Send the counts to all members."""
+        for feed in self.members:
+            feed.told_counts = counts.n
+        self._send(counts.frame(self.view.id, self.view.door))
+
+    def _send(self, frame: bytes) -> None:
+        """Send a frame to all members; who did not take all of it leaves."""
+        sent: list[int] = []
+        sending = map(call, self.members.values(), repeat(frame))  # the loop itself is in C
+        while len(sent) < len(self.members):
             try:
-                sent = direct(frame)
+                sent.extend(sending)  # those before an error are in the list
             except BlockingIOError:
-                sent = 0
+                sent.append(0)
             except OSError:
-                sent = -1
-            if sent == size:
-                feed._pack = ahead
-            else:
-                feed.cut_short(ahead, frame, sent)
+                sent.append(-1)
+        if sent.count(len(frame)) < len(sent):
+            for feed, n in zip(list(self.members), sent, strict=True):
+                if n != len(frame):
+                    feed.cut_short(frame, n)
 
 
 class _Counts:
@@ -778,7 +803,9 @@ class Feeds:
         self._buckets: list[dict[Watcher, None]] = [{} for _ in range(_TICKS)]
         self._bucket_of: dict[Watcher, int] = {}
         self._owners: Counter[str] = Counter()
-        self._packs: dict[tuple[View, int, int], _Pack] = {}
+        self._packs: dict[_Pack, None] = {}
+        self._open: dict[tuple[View, int, int], _Pack] = {}  # where one may join, by place
+        self._stamp = 0  # of the progress that all have been visited for
         self.alone: dict[Watcher, None] = {}  # those who are in no pack
         self._fresh = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -835,49 +862,51 @@ class Feeds:
             group.create_task(self._tick(now))
 
     async def _go_round(self) -> None:
-        stamp = 0
+        hub = self.hub
         while True:
             await self._fresh.wait()
             self._fresh.clear()
-            for pack in list(self._packs.values()):
-                await self._advance(pack)
-            moved = self.hub.latest.stamp != stamp
-            stamp = self.hub.latest.stamp
+            for pack in list(self._packs):
+                if self._advance(pack):
+                    await asyncio.sleep(0)
+            moved = hub.latest.stamp != self._stamp
+            self._stamp = hub.latest.stamp
             await self._visit(self._bucket_of if moved else self.alone, _pump)
-            self.hub.forget_frames()
+            if any(pack.seq < hub.seq for pack in self._packs):
+                self._fresh.set()
+            else:
+                hub.forget_frames()
+
+    def look_again(self) -> None:
+        """Visit everyone in the next round: there is progress that had to wait for events."""
+        self._stamp = -1
 
     def pack(self, view: View, seq: int, sent: int) -> _Pack:
-        """The pack at a place."""
-        key = (view, seq, sent)
-        pack = self._packs.get(key)
-        if pack is None:
-            pack = self._packs[key] = _Pack(view, seq, sent)
+        """A pack at a place that has room for one more."""
+        place = (view, seq, sent)
+        pack = self._open.get(place)
+        if pack is None or len(pack.members) >= _PACK:
+            pack = self._open[place] = _Pack(view, seq, sent)
+            self._packs[pack] = None
         return pack
 
-    async def _advance(self, pack: _Pack) -> None:
-        """Bring a pack up to date; those in it who have no room for that leave it."""
+    def _advance(self, pack: _Pack) -> bool:
+        """Bring a pack one frame further; whether one was sent."""
         hub = self.hub
-        while pack.members and pack.seq < hub.seq:
-            batch = hub.next(pack)
-            if batch is None:  # the ring has gone on without them
-                for feed in list(pack.members):
-                    feed.leave()
-                break
-            ahead = self.pack(pack.view, batch.seq, batch.sent)
-            ahead.said_s = monotonic()
-            if batch.frame is None:
-                for feed in pack.members:
-                    feed._pack = ahead
-                ahead.members |= pack.members
-                pack.members.clear()
-            while pack.members:
-                assert batch.frame is not None
-                pack.serve(batch.frame, ahead)
-                await asyncio.sleep(0)
-            self._packs.pop((pack.view, pack.seq, pack.sent), None)
-            pack = ahead
-        if not pack.members:
-            self._packs.pop((pack.view, pack.seq, pack.sent), None)
+        if pack.members and pack.seq == hub.seq:
+            return False
+        place = (pack.view, pack.seq, pack.sent)
+        if self._open.get(place) is pack:
+            del self._open[place]
+        batch = hub.next(pack) if pack.members else None
+        if batch is None:  # nobody is left, or the ring has gone on without them
+            for feed in list(pack.members):
+                feed.leave()
+            del self._packs[pack]
+            return False
+        pack.serve(batch, monotonic())
+        self._open.setdefault((pack.view, pack.seq, pack.sent), pack)
+        return batch.frame is not None
 
     async def _visit(
         self, watchers: Iterable[Watcher], visit: Callable[[Watcher, float], None]
@@ -926,8 +955,16 @@ class Feeds:
                 counts = await self.manager.counts(owner)
                 if known is None or counts != known.counts:
                     n = known.n + 1 if known is not None else 1
-                    self._counts[owner] = _Counts(n, counts, self._counted_at)
+                    told = self._counts[owner] = _Counts(n, counts, self._counted_at)
+                    await self._tell(owner, told)
             self._numbers[owner] = await now(owner)
+
+    async def _tell(self, owner: str, counts: _Counts) -> None:
+        """Tell the packs new counts; whoever is alone is told when it is visited."""
+        for pack in list(self._packs):
+            if pack.view.owner == owner and pack.members:
+                pack.tell(counts)
+                await asyncio.sleep(0)
 
     def counts(self, owner: str) -> _Counts | None:
         """The counts of an owner, as old as a second."""
