@@ -7,6 +7,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 # More workers than cores: most tests wait, for a child process or a clock. Full sizes need the cores.
 PYTEST := $(PY) -m pytest -q --dist loadfile
+FOREIGN := tests/browser tests/interop # they drive other programs, and take minutes
 PIP := $(PY) -m pip install --quiet --no-cache-dir
 PYTHONS := $(PYTHON) python3.13 python3.12 python3.11 python3
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -27,9 +28,9 @@ run: setup ## start the service; options: make run ARGS="--port 9000"
 
 test: setup-dev ## run the tests with small sizes; a part of them: make test ARGS="-k config"
 	@mkdir -p test-output
-	SCALE=small PYTEST_DEBUG_TEMPROOT=test-output $(PYTEST) -n 4 $(ARGS)
+	SCALE=small PYTEST_DEBUG_TEMPROOT=test-output $(PYTEST) -n 4 $(FOREIGN:%=--ignore=%) $(ARGS)
 
-test-full: setup-dev ## run the tests with full sizes
+test-full: setup-dev ## run the tests with full sizes, and with browsers and foreign clients
 	@mkdir -p test-output
 	SCALE=full PYTEST_DEBUG_TEMPROOT=test-output $(PYTEST) -n 2 $(ARGS)
 
