@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
@@ -42,6 +42,7 @@ from jobs.files import Files, uuid7
 from jobs.growing import Growing
 from jobs.kinds import invalid
 from jobs.manager import Manager
+from jobs.states import STATES
 from jobs.uploads import ClientGone, Uploads
 
 log = logging.getLogger("sluice.http")
@@ -412,14 +413,20 @@ class BaseHandler(WithOptions):
         text = self.request.query
         if drop_slash and text.endswith("/"):
             text = text[:-1]
-        values: dict[str, str] = {}
-        for name, value in pairs_of(text):
-            if name in values:
-                raise SluiceError("invalid-field", f"{name} is given twice.", field=name)
-            if known and name not in known:
-                raise SluiceError("invalid-field", f"{name[:80]} is not known here.", field=name)
-            values[name] = value
-        return values
+        return _parameters(text, (), known)[1]
+
+    def filters(
+        self, repeated: Iterable[str], *known: str
+    ) -> tuple[dict[str, list[str]], dict[str, str]]:
+        """A list's filters, which may be repeated, and the other parameters, as ``query`` has them.
+
+        Raises invalid-field, also for a ``state`` that is none.
+        """
+        filters, values = _parameters(self.request.query, repeated, known)
+        for state in filters.get("state", ()):
+            if state not in STATES:
+                raise SluiceError("invalid-field", f"{state[:40]!r} is no state.", field="state")
+        return filters, values
 
     def paging(self, values: dict[str, str]) -> tuple[int, int | None]:
         """``limit`` (50, at most 500) and ``after`` (a key) of a list. Raises invalid-field."""
@@ -507,12 +514,29 @@ class BaseHandler(WithOptions):
             log.debug("request %s: %s", self.request_id, refusal)
 
 
-def pairs_of(query: str) -> list[tuple[str, str]]:
-    """The parameters of a query, in order. Raises bad-request."""
+def _parameters(
+    query: str, repeated: Iterable[str], known: Sequence[str]
+) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """The parameters of a query that may be repeated, and the others.
+
+    Raises bad-request, or invalid-field for one that is not known, or given twice.
+    """
+    lists: dict[str, list[str]] = {name: [] for name in repeated}
+    values: dict[str, str] = {}
     try:
-        return parse_qsl(query, keep_blank_values=True, errors="strict", max_num_fields=100)
+        pairs = parse_qsl(query, keep_blank_values=True, errors="strict", max_num_fields=100)
     except ValueError as error:
         raise SluiceError("bad-request", "The query is no valid UTF-8 or too long.") from error
+    for name, value in pairs:
+        if name in lists:
+            lists[name].append(value)
+        elif name in values:
+            raise SluiceError("invalid-field", f"{name} is given twice.", field=name)
+        elif known and name not in known:
+            raise SluiceError("invalid-field", f"{name[:80]} is not known here.", field=name)
+        else:
+            values[name] = value
+    return lists, values
 
 
 def _refusal(error: Exception) -> SluiceError:

@@ -14,14 +14,13 @@ from time import monotonic
 from tornado.iostream import StreamClosedError
 
 from errors import SluiceError
-from handlers.base import BaseHandler, pairs_of
+from handlers.base import BaseHandler
 from handlers.feed import STALLED_S, Feed, Shell
 from handlers.messages import Bye, Sub, encode
 from jobs import Event
 from jobs.channel import Cursor, Said, Select, View, text_frame
 from jobs.events import Hub, Lost
 from jobs.rows import event_row
-from jobs.states import STATES
 
 _RETRY_MS = 2000
 _LONGEST_WAIT_S = 60.0
@@ -78,20 +77,8 @@ class EventsHandler(BaseHandler):
 
     def _asked(self) -> tuple[Select, dict[str, str]]:
         """The filter and the other parameters. Raises invalid-field."""
-        filters: dict[str, list[str]] = {name: [] for name in _FILTERS}
-        values: dict[str, str] = {}
-        for name, value in pairs_of(self.request.query):
-            if name in filters:
-                filters[name].append(value)
-            elif name not in ("owner", "q", "after", "wait", "limit", "rate"):
-                raise SluiceError("invalid-field", f"{name[:80]} is not known here.", field=name)
-            elif name in values:
-                raise SluiceError("invalid-field", f"{name} is given twice.", field=name)
-            else:
-                values[name] = value
-        for state in filters["state"]:
-            if state not in STATES:
-                raise SluiceError("invalid-field", f"{state[:40]!r} is no state.", field="state")
+        others = ("owner", "q", "after", "wait", "limit", "rate")
+        filters, values = self.filters(_FILTERS, *others)
         select = Select(
             owner=values.get("owner"),
             q=values.get("q") or None,

@@ -8,11 +8,10 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from errors import SluiceError
-from handlers.base import BaseHandler, pairs_of
+from handlers.base import BaseHandler
 from jobs import Filter, Job
 from jobs.commands import StartRequest, start
 from jobs.rows import event_row, rfc3339
-from jobs.states import STATES
 
 _VERSION = re.compile(r'(?:W/)?"?(\d{1,18})"?')
 _FILTERS = ("state", "kind", "owner")
@@ -56,18 +55,7 @@ class JobsHandler(BaseHandler):
         )
 
     def _filters(self) -> tuple[dict[str, list[str]], dict[str, str]]:
-        filters: dict[str, list[str]] = {name: [] for name in _FILTERS}
-        values: dict[str, str] = {}
-        for name, value in pairs_of(self.request.query):
-            if name in filters:
-                filters[name].append(value)
-            elif name in ("limit", "after", "q"):
-                values[name] = value
-            else:
-                raise SluiceError("invalid-field", f"{name[:80]} is not known here.", field=name)
-        for state in filters["state"]:
-            if state not in STATES:
-                raise SluiceError("invalid-field", f"{state[:40]!r} is no state.", field="state")
+        filters, values = self.filters(_FILTERS, "limit", "after", "q")
         if max(len(found) for found in filters.values()) > 20:
             raise SluiceError("invalid-field", "A filter is repeated too often.", field="kind")
         return {name: list(dict.fromkeys(found)) for name, found in filters.items()}, values

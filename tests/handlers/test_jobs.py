@@ -240,6 +240,7 @@ def test_a_list_tells_counts_and_a_cursor(caller: Caller) -> None:
         ("state=done", "state"),
         ("state=", "state"),
         ("colour=red", "colour"),
+        ("limit=1&limit=2", "limit"),
         ("&".join(f"kind=k{i}" for i in range(21)), "kind"),
         ("&".join(f"kind=k{i}" for i in range(150)), None),
         ("kind=%FF", None),
