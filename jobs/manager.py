@@ -357,10 +357,7 @@ class Manager:
         key: Key | None = None,
     ) -> Job:
         """A new job like one that has ended, from the start. Raises job-live, unknown-kind."""
-        job = await self.get(job_id, owner)
-        _check_version(job, if_version)
-        if job.state not in states.FINAL:
-            raise SluiceError("job-live", f"The job is {job.state}.", job=job.id)
+        job = await self._ended_job(job_id, owner, if_version)
         again, _ = await self.start(
             job.kind,
             job.params,
@@ -384,14 +381,19 @@ class Manager:
         key: Key | None = None,
     ) -> None:
         """Forget a job that has ended, with its history. Its files stay. Raises job-live."""
-        job = await self.get(job_id, owner)
-        _check_version(job, if_version)
-        if job.state not in states.FINAL:
-            raise SluiceError("job-live", f"The job is {job.state}.", job=job.id)
+        job = await self._ended_job(job_id, owner, if_version)
         try:
             await self._delete(job, by.actor, "deleted", key)
         except Stale:  # an ended job moves no more: somebody else has deleted it
             raise _unknown(job_id) from None
+
+    async def _ended_job(self, job_id: str, owner: str, if_version: int | None) -> Job:
+        """A job that has ended. Raises job-unknown, version-mismatch, job-live."""
+        job = await self.get(job_id, owner)
+        _check_version(job, if_version)
+        if job.state not in states.FINAL:
+            raise SluiceError("job-live", f"The job is {job.state}.", job=job.id)
+        return job
 
     async def used(self, owner: str, key: str) -> Used | None:
         """What was done under an idempotency key."""
@@ -908,20 +910,23 @@ class Manager:
         """Forget jobs that ended long ago, and old keys."""
         while True:
             await asyncio.sleep(_RETENTION_S)
-            await self._forget_keys()
-            before = now_ms() - int(self.limits.keep_jobs_s * 1000)
-            for job in await self._state.ended_before(before, _BATCH):
-                try:
-                    await self._delete(job, "service", "expired")
-                except Stale:
-                    continue
+            try:
+                await self._forget_keys()
+                await self._forget_jobs()
+            except SluiceError as error:  # a full disk; the next round tries again
+                log.warning("what is old could not be forgotten: %s", error)
 
     async def _forget_keys(self) -> None:
-        try:
-            while await self._state.forget_keys(now_ms() - KEY_KEPT_MS, _KEYS) == _KEYS:
-                pass
-        except SluiceError as error:  # a full disk; the next round tries again
-            log.warning("old keys could not be forgotten: %s", error)
+        while await self._state.forget_keys(now_ms() - KEY_KEPT_MS, _KEYS) == _KEYS:
+            pass
+
+    async def _forget_jobs(self) -> None:
+        before = now_ms() - int(self.limits.keep_jobs_s * 1000)
+        for job in await self._state.ended_before(before, _BATCH):
+            try:
+                await self._delete(job, "service", "expired")
+            except Stale:
+                continue
 
     async def _recover(self, job: Job) -> list[str]:
         blobs = await self._driver(job).recover(job, self._boot.same_boot)
