@@ -13,9 +13,6 @@ unlike the others leaves the pack with a cursor of its own, and comes back when 
 
 Order within a feed: answers and snapshots, then events, then progress. While a page of a snapshot
 is read, the events of its subscription are held, so that none overtakes the rows it has changed.
-
-``Pipe`` sends frames that are shared by many straight to the socket, and only what the kernel did
-not take through the stream.
 """
 
 from __future__ import annotations
@@ -23,11 +20,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import socket
-import struct
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
-from contextlib import suppress
 from functools import partial
 from itertools import repeat
 from operator import call
@@ -35,11 +29,12 @@ from time import monotonic
 from typing import Any, Protocol
 
 import msgspec
-from tornado.iostream import IOStream, SSLIOStream, StreamClosedError
+from tornado.iostream import IOStream
 
 from errors import SluiceError
 from handlers import messages
 from handlers.messages import encode
+from handlers.pipe import Pipe
 from jobs import Filter, Job
 from jobs.channel import (
     Batch,
@@ -76,102 +71,7 @@ _PAGE_BYTES = 48 << 10
 _LOOKS = 10  # pages without a row that are looked through before one is told
 _WAITING = 64  # subscriptions and pages that are asked for at once
 _LOG_LINES, _LOG_FIRST = 200, 1000
-_KERNEL_BYTES = 16 << 10  # the kernel doubles it; what a stalled subscriber may fill
 _BYE_MS, _BYE_SPREAD_MS = 250, 5000
-_ACKED = struct.Struct("Q")
-_ACKED_AT = 120  # tcpi_bytes_acked in struct tcp_info (Linux 4.1)
-
-
-class Pipe:
-    """A connection that takes one frame after another; while one is unfinished it is ``busy``.
-
-    ``direct`` sends to the kernel what it takes of a frame. It must be used only while neither this
-    nor the stream has anything unsent (``is_idle``); over TLS there is none.
-    """
-
-    __slots__ = ("_acked", "_drained", "_moved_s", "_stream", "busy", "direct")
-
-    def __init__(self, stream: IOStream, drained: Callable[[], None]) -> None:
-        self.busy = False
-        self._stream = stream
-        self._drained = drained
-        self._acked = 0
-        self._moved_s = 0.0
-        plain = not isinstance(stream, SSLIOStream)  # what is sent past TLS is not encrypted
-        self.direct: Callable[[bytes], int] | None = stream.socket.send if plain else None
-        stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _KERNEL_BYTES)
-
-    def send(self, frame: bytes) -> None:
-        """Send a frame, or begin to; only while not busy. A closed connection takes nothing."""
-        sent = 0
-        if self.direct is not None and not self._stream.writing():
-            try:
-                sent = self.direct(frame)
-            except BlockingIOError:
-                pass
-            except OSError:
-                self.fail()
-                return
-        if sent < len(frame):
-            self.finish(frame, sent)
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether ``direct`` may be used."""
-        return self.direct is not None and not self.busy and not self._stream.writing()
-
-    def fail(self) -> None:
-        """The connection is broken."""
-        self._stream.close()
-        self.busy = True
-
-    def finish(self, frame: bytes, sent: int) -> None:
-        """Send the rest of a frame."""
-        try:
-            rest = self._stream.write(memoryview(frame)[sent:])
-        except StreamClosedError:
-            self.busy = True
-            return
-        if rest.done():
-            rest.exception()
-            return
-        self.busy = True
-        self._moved_s, self._acked = monotonic(), self._bytes_acked()
-        rest.add_done_callback(self._written)
-
-    def _written(self, rest: asyncio.Future[None]) -> None:
-        if rest.cancelled() or rest.exception() is not None:
-            return  # closed; it stays busy
-        self.busy = False
-        self._drained()
-
-    def stalled_s(self, now_s: float) -> float:
-        """For how long it is busy and the peer has taken nothing."""
-        if not self.busy:
-            return 0.0
-        acked = self._bytes_acked()
-        if acked != self._acked:
-            self._acked, self._moved_s = acked, now_s
-        return now_s - self._moved_s
-
-    def _bytes_acked(self) -> int:
-        """How much the peer has received, ever."""
-        try:
-            info = self._stream.socket.getsockopt(
-                socket.IPPROTO_TCP, socket.TCP_INFO, _ACKED_AT + _ACKED.size
-            )
-        except (OSError, AttributeError):  # closed
-            return 0
-        return int(_ACKED.unpack_from(info, _ACKED_AT)[0])
-
-    def widen(self) -> None:
-        """Let the kernel take all that is unfinished, and what is said at the end."""
-        with suppress(OSError, AttributeError):  # closed
-            self._stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 256 << 10)
-
-    def close(self) -> None:
-        """Send nothing more."""
-        self.busy = True
 
 
 class Shell(Protocol):
@@ -258,6 +158,7 @@ class Feed:
         self.pipe = Pipe(stream, self._drained)
         self.pace = Pace()
         self.wants_now = False
+        self.told_counts = 0
         self.closed = False
         self._feeds = feeds
         self._hub = feeds.hub
@@ -276,7 +177,6 @@ class Feed:
         self._reading = False
         self._waiting: deque[Callable[[], Coroutine[Any, Any, None]]] | None = None
         self._worker: asyncio.Task[None] | None = None
-        self.told_counts = 0
         self._said_s = monotonic()
         self._hb_after_s = HEARTBEAT_S
 
@@ -812,6 +712,7 @@ class Feeds:
         self._counts: dict[str, _Counts] = {}
         self._counted_at = -1
         self._numbers: dict[str, dict[str, Any]] = {}
+        self._curious: set[str] = set()  # owners who asked for their numbers since they were made
         self._frames: dict[tuple[Any, ...], bytes] = {}
         self.tabs: dict[tuple[str, str], Shell] = {}  # by owner and name
         self.followers: set[Feed] = set()  # of logs
@@ -957,6 +858,8 @@ class Feeds:
                     n = known.n + 1 if known is not None else 1
                     told = self._counts[owner] = _Counts(n, counts, self._counted_at)
                     await self._tell(owner, told)
+        curious, self._curious = self._curious, set()
+        for owner in curious:
             self._numbers[owner] = await now(owner)
 
     async def _tell(self, owner: str, counts: _Counts) -> None:
@@ -971,7 +874,8 @@ class Feeds:
         return self._counts.get(owner)
 
     def numbers(self, owner: str, door: Door) -> bytes | None:
-        """The numbers of now, as a frame."""
+        """The numbers of now, as a frame; None in the first second that an owner asks for them."""
+        self._curious.add(owner)
         row = self._numbers.get(owner)
         if row is None:
             return None

@@ -23,7 +23,7 @@ SHARED_HANDLERS = frozenset(
             f"handlers.{name}"
             for name in (
                 *("asyncapi", "auth", "base", "feed", "fields", "growing", "messages", "now"),
-                *("ranges", "send", "socket", "wire"),
+                *("pipe", "ranges", "send", "socket", "wire"),
             )
         ),
     }
