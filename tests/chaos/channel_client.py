@@ -28,8 +28,10 @@ _TEXT, _CLOSE, _PING, _PONG = 0x1, 0x8, 0x9, 0xA
 _EVERYONE = 0  # the line of all replicas; else a line has the number of its replica
 
 
-class Frames:
-    """The server's half of a WebSocket, byte by byte (RFC 6455 section 5.2)."""
+class _Answer:
+    """An HTTP answer, byte by byte; what follows its head is the subclass's business."""
+
+    status: bytes
 
     def __init__(self) -> None:
         self._bytes = bytearray()
@@ -37,16 +39,28 @@ class Frames:
         self.answers: list[bytes] = []  # frames that have to be sent
         self.ended = False
 
-    def feed(self, data: bytes) -> list[Any]:
-        """The messages that are complete now."""
+    def take(self, data: bytes) -> bool:
+        """Keep some bytes; whether the head has come, which is left out of them."""
         self._bytes += data
         if not self._open:
             head, found, rest = bytes(self._bytes).partition(b"\r\n\r\n")
             if not found:
-                return []
-            assert head.startswith(b"HTTP/1.1 101 "), head
+                return False
+            assert head.startswith(b"HTTP/1.1 %s " % self.status), head
             self._open = True
             self._bytes[:] = rest
+        return True
+
+
+class Frames(_Answer):
+    """The server's half of a WebSocket (RFC 6455 section 5.2)."""
+
+    status = b"101"
+
+    def feed(self, data: bytes) -> list[Any]:
+        """The messages that are complete now."""
+        if not self.take(data):
+            return []
         messages: list[Any] = []
         while (frame := self._frame()) is not None:
             opcode, payload = frame
@@ -76,26 +90,19 @@ class Frames:
         return frame
 
 
-class Chunks:
-    """The answer that server-sent events come in, byte by byte (HTML section 9.2)."""
+class Chunks(_Answer):
+    """The answer that server-sent events come in (HTML section 9.2)."""
+
+    status = b"200"
 
     def __init__(self) -> None:
-        self._bytes = bytearray()
+        super().__init__()
         self._text = bytearray()
-        self._open = False
-        self.answers: list[bytes] = []
-        self.ended = False
 
     def feed(self, data: bytes) -> list[Any]:
         """The messages that are complete now; the event's id is in ``"#"``."""
-        self._bytes += data
-        if not self._open:
-            head, found, rest = bytes(self._bytes).partition(b"\r\n\r\n")
-            if not found:
-                return []
-            assert head.startswith(b"HTTP/1.1 200 "), head
-            self._open = True
-            self._bytes[:] = rest
+        if not self.take(data):
+            return []
         while (chunk := self._chunk()) is not None:
             self._text += chunk
             self.ended = self.ended or not chunk
