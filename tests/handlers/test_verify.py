@@ -44,7 +44,10 @@ def busy(caller: Caller) -> Iterator[Callable[[], int]]:
         while not done.is_set():
             try:
                 body = {"kind": "count", "params": {"steps": 0}}
-                job = caller.post("/v1/jobs", body).json["id"]
+                answer = caller.post("/v1/jobs", body)
+                if answer.status == 503:  # it has just been started again
+                    continue
+                job = answer.json["id"]
                 caller.server.wait_for(job, "succeeded")
                 if made % 3 == 0:
                     caller.delete(f"/v1/jobs/{job}")
@@ -54,9 +57,11 @@ def busy(caller: Caller) -> Iterator[Callable[[], int]]:
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
-    yield lambda: made
-    done.set()
-    thread.join(30)
+    try:
+        yield lambda: made
+    finally:
+        done.set()
+        thread.join(30)
 
 
 def watchers(server: Server, log: str) -> bool:
