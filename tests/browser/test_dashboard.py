@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -397,7 +398,7 @@ def test_process_by_form_and_buttons(server: Server, page: Page) -> None:
     expect(row(page, "by form")).to_contain_text("paused by you")
     page.get_by_role("button", name="Resume by form").click()
     see_values(page, "by form", 2)
-    assert "running" in page.title()
+    expect(page).to_have_title(re.compile("running"))
     page.get_by_role("button", name="Cancel by form").click()
     expect(row(page, "by form")).to_contain_text("Cancelled by you")
     expect(page).to_have_title("Sluice")
