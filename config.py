@@ -118,6 +118,20 @@ def _path() -> Rule:
     return Rule(read, "the path of a folder", show, metavar="FOLDER")
 
 
+def _kind_paths() -> Rule:
+    def read(raw: str | list[object]) -> tuple[Path, ...]:
+        paths = tuple(dict.fromkeys(Path(item) for item in _items(raw)))
+        if not all(path.is_dir() or (path.suffix == ".py" and path.is_file()) for path in paths):
+            raise ValueError
+        return paths
+
+    def show(paths: tuple[Path, ...]) -> str:
+        return ",".join(map(str, paths))
+
+    allowed = "files that end in .py, or folders; each must exist"
+    return Rule(read, allowed, show, _LIST, (str, list), metavar="PATH")
+
+
 def _kind_name() -> Rule:
     def read(raw: str) -> str:
         if not re.fullmatch(r"[a-z][a-z0-9_-]{0,63}", raw):
@@ -397,6 +411,14 @@ class Config:
     max_sockets: int = field(
         default=1000,
         metadata=_about(_whole(1, 1_000_000, "connections"), "channel connections of one owner"),
+    )
+    kinds: tuple[Path, ...] = field(
+        default=(),
+        metadata=_about(
+            _kind_paths(),
+            "further kinds of processes, one in each Python file (see docs/kinds.md); whoever can "
+            "write there can run code in this service; the flag may be repeated",
+        ),
     )
     default_kind: str = field(
         default="count",

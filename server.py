@@ -111,7 +111,7 @@ async def assembled(config: Config) -> AsyncIterator[Parts]:
     tables = Tables(folder / "tables.db")
     manager = Manager(
         state,
-        Registry.load(),
+        Registry.load(config.kinds),
         boot,
         Limits(
             slots=config.slots,

@@ -163,12 +163,14 @@ class KindsHandler(BaseHandler):
     """What can be started."""
 
     async def get(self) -> None:
-        """Each kind with the JSON Schema of its parameters."""
+        """Each kind with the JSON Schema of its parameters, and the files that are none."""
         transfers = [
             {"kind": "upload", "title": "A file on its way in", "startable": False},
             {"kind": "download", "title": "A file on its way out", "startable": False},
         ]
-        self.reply({"items": transfers + self.services.manager.kinds.describe(), "next": None})
+        kinds = self.services.manager.kinds
+        problems = [problem._asdict() for problem in kinds.problems]
+        self.reply({"items": transfers + kinds.describe(), "next": None, "problems": problems})
 
 
 def _text(values: dict[str, str]) -> str | None:

@@ -1,8 +1,8 @@
 """The server as tests start it: the real one, under an audit hook that allows no thread.
 
 ``CRASH_AT=published:2`` lets it die by SIGKILL right after the second publishing; the points at
-which it can die are below. ``KIND_FILE=x.py`` adds the kind in that file; ``TLS=x.pem`` serves
-over TLS. With ``ECHO=1`` there is a WebSocket at ``/echo`` that sends back what it gets.
+which it can die are below. ``TLS=x.pem`` serves over TLS. With ``ECHO=1`` there is a WebSocket at
+``/echo`` that sends back what it gets.
 ``MUTANT=epoch`` takes a rule of the channel away (see ``MUTANTS``), so that a test can show that
 it would notice.
 """
@@ -14,10 +14,8 @@ import os
 import signal
 import ssl
 import sys
-import types
 from collections.abc import Awaitable, Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -37,7 +35,6 @@ import server  # noqa: E402
 from handlers.socket import StrictWebSocketHandler  # noqa: E402
 from jobs import runners  # noqa: E402
 from jobs.channel import Cursor, Select, Why, why_reset  # noqa: E402
-from jobs.kinds import Registry, kind_of  # noqa: E402
 from storage import Event  # noqa: E402
 from storage.blobs_local import LocalBlobs, LocalWriter  # noqa: E402
 from storage.state_sqlite import SqliteState  # noqa: E402
@@ -102,15 +99,6 @@ def _crash_at(name: str, n: int) -> None:
 if point := os.environ.get("CRASH_AT"):
     name, _, n = point.partition(":")
     _crash_at(name, int(n or 1))
-
-if kind_file := os.environ.get("KIND_FILE"):
-    module = types.ModuleType("kind_file")
-    exec(compile(Path(kind_file).read_text(), kind_file, "exec"), module.__dict__)
-    known = Registry.load()
-    both = Registry(
-        [*(kinds for name in known.names() if (kinds := known.get(name))), kind_of(module)]
-    )
-    Registry.load = classmethod(lambda cls: both)  # type: ignore[method-assign,assignment]
 
 
 def _any_epoch() -> None:

@@ -147,6 +147,19 @@ def test_proxies_are_addresses_or_networks() -> None:
     )
 
 
+def test_kinds_are_files_and_folders_that_exist(tmp_path: Path) -> None:
+    """Paths add up within one source, without duplicates; one that is missing stops the start."""
+    (tmp_path / "words.py").touch()
+    words, folder = tmp_path / "words.py", tmp_path
+    argv = ["--kinds", f"{words},{folder}", "--kinds", str(words)]
+    assert load(argv, {}).kinds == (words, folder)
+    assert load([], {"SLUICE_KINDS": str(folder)}).kinds == (folder,)
+    file = toml(tmp_path, f'kinds = ["{words}"]')
+    assert load(["--config", file], {}).kinds == (words,)
+    assert "each must exist" in refusal(["--kinds", "nothing-there"])
+    assert "each must exist" in refusal(["--kinds", file])
+
+
 def test_the_settings_cannot_be_changed() -> None:
     """Nobody changes a setting behind the back of those who have read it."""
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -175,6 +188,7 @@ def test_the_settings_cannot_be_changed() -> None:
         ("--warm-s", "inf"),
         ("--warm-s", "1w"),
         ("--body-idle-s", "0"),
+        ("--kinds", "nothing-there.py"),
         ("--default-kind", "../count"),
         ("--default-params", "[1]"),
         ("--default-params", "{"),
@@ -211,6 +225,7 @@ def test_a_value_that_is_not_allowed_is_refused(flag: str, text: str) -> None:
         "durability = 1",
         "hosts = [1]",
         "cors_origins = [1]",
+        "kinds = [1]",
         "trusted_proxies = [1]",
         "default_params = '{}'",
         "default_params = {at = 2030-01-01}",

@@ -87,7 +87,7 @@ def test_the_example_kind_counts_lines_and_can_be_paused(tmp_path: Path) -> None
     assert code is not None
     (tmp_path / "lines_kind.py").write_text(code[1])
     server = Server(tmp_path / "data", "--warm-s", "0.1")
-    server.env = {"KIND_FILE": str(tmp_path / "lines_kind.py")}
+    server.env = {"SLUICE_KINDS": str(tmp_path / "lines_kind.py")}
     server.start()
     try:
         data = b"a line\n" * 3_000_000

@@ -25,23 +25,40 @@ that is where the job pauses, is cancelled and gives the loop to others. What it
 
 A kind imports this module, ``errors``, libraries, and modules of this package whose names begin
 with an underscore: those are no kinds but what kinds are made of. Nothing else of the project.
+
+Kinds of one's own lie anywhere (``--kinds PATH``), each in a file like those here; the modules of
+their folder whose names begin with an underscore are theirs: ``from ._words import split``. One
+that can't be imported is a Problem of the registry, and no kind less for the others.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import importlib.util
 import inspect
+import logging
 import pkgutil
 import re
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+import sys
+import traceback
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
 
 import msgspec
 
 from errors import SluiceError
 
+log = logging.getLogger("sluice.kinds")
+
 UNITS = frozenset({"bytes", "rows", "steps", "files"})
 RUNNERS = frozenset({"lane"})
+TRANSFERS = frozenset({"upload", "download"})  # kinds of jobs that no module can be
+
+_NAME = re.compile(r"[a-z][a-z0-9._-]{0,63}")
+_TEXT_CHARS = 200
+_SHOWN_CHARS = 80
 
 
 class JobPaused(BaseException):
@@ -247,6 +264,10 @@ class Context(Protocol):
 Run = Callable[[Any, Any], Coroutine[Any, Any, dict[str, Any] | None]]
 
 
+# Where a kind is imported from: a module of this package by its name, or a file by its path.
+Source = tuple[Literal["package", "file"], str]
+
+
 class Kind(NamedTuple):
     """One kind, read from its module."""
 
@@ -262,6 +283,7 @@ class Kind(NamedTuple):
     unit: str
     cursor_version: int
     needs: frozenset[str]
+    source: Source
 
     def describe(self) -> dict[str, Any]:
         """The kind as ``GET /v1/kinds`` shows it."""
@@ -278,46 +300,235 @@ class Kind(NamedTuple):
         }
 
 
+class NoKind(TypeError):
+    """A module that does not keep to the contract; the text is for everyone."""
+
+
+_NEEDED: Any = object()
+
+
+class _Constants:
+    """What a module declares; each value is checked as it is taken."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def take(
+        self, name: str, ok: Callable[[Any], bool], allowed: str, default: Any = _NEEDED
+    ) -> Any:
+        """A constant. Raises NoKind, which says what it is and what it must be."""
+        value = getattr(self._module, name, default)
+        if value is _NEEDED:
+            raise NoKind(f"{name} is missing; it must be {allowed}")
+        if not ok(value):
+            shown = f"{value!r:.{_SHOWN_CHARS}}"
+            raise NoKind(f"{name} is {shown}; it must be {allowed}")
+        return value
+
+    def flag(self, name: str, default: bool) -> bool:
+        """A constant that is True or False."""
+        return bool(self.take(name, lambda v: isinstance(v, bool), "True or False", default))
+
+    def text(self, name: str, default: Any = _NEEDED) -> str:
+        """A constant that people read."""
+        allowed = f"a text of 1 to {_TEXT_CHARS} characters in one line"
+        return str(self.take(name, _is_text, allowed, default))
+
+    def word(self, name: str, words: Iterable[str], default: str) -> str:
+        """A constant that is one of some words."""
+        known = sorted(words)
+        allowed = " or ".join(f'"{word}"' for word in known)
+        return str(self.take(name, lambda v: isinstance(v, str) and v in known, allowed, default))
+
+
 def kind_of(module: Any) -> Kind:
-    """Read a kind from a module; TypeError says what is missing or wrong."""
-    kind = Kind(
-        name=module.KIND,
-        title=module.TITLE,
-        params=module.Params,
-        run=module.run,
-        undo=dict(getattr(module, "UNDO", {})),
-        resumable=getattr(module, "RESUMABLE", True),
-        exactly_once=getattr(module, "EXACTLY_ONCE", False),
-        runner=getattr(module, "RUNNER", "lane"),
-        pause=getattr(module, "PAUSE", "at the next checkpoint"),
-        unit=getattr(module, "UNIT", "steps"),
-        cursor_version=getattr(module, "CURSOR_VERSION", 1),
-        needs=frozenset(getattr(module, "NEEDS", ())),
+    """Read a kind from a module; NoKind says what is missing or wrong, and what is allowed."""
+    given = _Constants(module)
+    return Kind(
+        name=given.take("KIND", _is_name, "lower-case letters, digits, . _ -, and no transfer"),
+        title=given.text("TITLE"),
+        params=given.take("Params", _is_params, _PARAMS),
+        run=given.take("run", _is_run, "`async def run(ctx, params)`"),
+        undo=dict(given.take("UNDO", _is_undo, "a dict of names and `async def`s", {})),
+        resumable=given.flag("RESUMABLE", True),
+        exactly_once=given.flag("EXACTLY_ONCE", False),
+        runner=given.word("RUNNER", RUNNERS, "lane"),
+        pause=given.text("PAUSE", "at the next checkpoint"),
+        unit=given.word("UNIT", UNITS, "steps"),
+        cursor_version=given.take("CURSOR_VERSION", _is_version, "a whole number from 0", 1),
+        needs=frozenset(given.take("NEEDS", _is_needs, 'frozenset({"tables"}) or empty', ())),
+        source=_source_of(module),
     )
-    if not re.fullmatch(r"[a-z][a-z0-9._-]{0,63}", kind.name):
-        raise TypeError(f"KIND {kind.name!r} is no name")
-    if kind.unit not in UNITS or kind.runner not in RUNNERS:
-        raise TypeError(f"{kind.name}: UNIT or RUNNER is unknown")
-    if not inspect.iscoroutinefunction(kind.run):
-        raise TypeError(f"{kind.name}: run is not a coroutine function")
-    if not kind.params.__struct_config__.forbid_unknown_fields:
-        raise TypeError(f"{kind.name}: Params must forbid unknown fields")
+
+
+_PARAMS = (
+    "`class Params(msgspec.Struct, forbid_unknown_fields=True, kw_only=True)` with types that JSON "
+    "can carry"
+)
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(_NAME.fullmatch(value)) and value not in TRANSFERS
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and 1 <= len(value) <= _TEXT_CHARS and value.isprintable()
+
+
+def _is_version(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_needs(value: Any) -> bool:
+    return isinstance(value, frozenset | set | tuple) and set(value) <= {"tables"}
+
+
+def _is_undo(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(name, str) and inspect.iscoroutinefunction(undo) for name, undo in value.items()
+    )
+
+
+def _is_run(value: Any) -> bool:
+    if not inspect.iscoroutinefunction(value):
+        return False
+    try:
+        inspect.signature(value).bind(None, None)
+    except TypeError:
+        return False
+    return True
+
+
+def _is_params(value: Any) -> bool:
+    if not (isinstance(value, type) and issubclass(value, msgspec.Struct)):
+        return False
+    if not value.__struct_config__.forbid_unknown_fields:
+        return False
+    try:
+        msgspec.json.schema(value)
+        msgspec.inspect.type_info(value)
+    except (TypeError, NameError, ValueError):
+        return False
+    return True
+
+
+def _source_of(module: Any) -> Source:
+    package, _, name = getattr(module, "__name__", "").rpartition(".")
+    if package == __name__:
+        return ("package", name)
+    return ("file", getattr(module, "__file__", None) or "")
+
+
+def load_kind(source: Source, name: str) -> Kind:
+    """Import one kind by its source, as ``Registry.load`` has found it.
+
+    Raises NoKind if it has another name by now, and whatever the module raises.
+    """
+    where, at = source
+    if where == "package":
+        kind = kind_of(importlib.import_module(f"{__name__}.{at}"))
+    else:
+        kind = _kind_in(Path(at))
+    if kind.name != name:
+        raise NoKind(f"KIND is {kind.name!r}; it must be {name!r}")
     return kind
 
 
-class Registry:
-    """The kinds that this server runs."""
+def _kind_in(path: Path) -> Kind:
+    """Run a file as a module of its folder, which is a package of a name that nobody else has.
 
-    def __init__(self, kinds: Sequence[Kind]) -> None:
+    ``sys.modules`` keeps both, since msgspec looks there for the types of annotations;
+    ``sys.path`` stays as it is. A module that fails leaves nothing.
+    """
+    folder = path.parent.resolve()
+    package = f"kinds_{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}"
+    if package not in sys.modules:
+        spec = importlib.util.spec_from_loader(package, None, is_package=True)
+        assert spec is not None
+        spec.submodule_search_locations = [str(folder)]
+        sys.modules[package] = importlib.util.module_from_spec(spec)
+    name = f"{package}.{re.sub(r'[^0-9A-Za-z_]', '_', path.stem)}"
+    spec = importlib.util.spec_from_file_location(name, folder / path.name)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path.name} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+        return kind_of(module)
+    except BaseException:
+        sys.modules.pop(name, None)
+        raise
+
+
+class Problem(NamedTuple):
+    """A file that should be a kind and is none; ``detail`` has nothing of the machine in it."""
+
+    file: str
+    detail: str
+
+
+def _why(path: Path, error: BaseException) -> str:
+    """What is wrong with a file, for everyone: neither paths nor what an exception may carry."""
+    if isinstance(error, NoKind):
+        return str(error)
+    if isinstance(error, SyntaxError):
+        return f"line {error.lineno or 0}: {type(error).__name__}: {error.msg}"
+    lines = [
+        line
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if frame.f_code.co_filename == str(path)
+    ]
+    said = f"line {lines[-1]}: {type(error).__name__}" if lines else type(error).__name__
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        said += f": no module is named {error.name!r}"
+        if (path.parent / f"{error.name}.py").is_file():
+            said += f"; a neighbour is imported by `from . import {error.name}`"
+    return said
+
+
+def _files(path: Path) -> list[Path]:
+    """The files of a path that should be kinds."""
+    if not path.is_dir():
+        return [path.parent.resolve() / path.name]
+    return sorted(
+        file
+        for file in path.resolve().glob("*.py")
+        if not file.name.startswith(("_", "test_")) and file.name != "conftest.py"
+    )
+
+
+class Registry:
+    """The kinds that this server runs, and the files that should be kinds and are not."""
+
+    def __init__(self, kinds: Iterable[Kind], problems: Sequence[Problem] = ()) -> None:
         self._kinds = {kind.name: kind for kind in kinds}
+        self.problems = problems
 
     @classmethod
-    def load(cls) -> Registry:
-        """The kinds of this package."""
+    def load(cls, paths: Iterable[Path] = ()) -> Registry:
+        """The kinds of this package, and those of ``paths``: files, and folders of files.
+
+        Of a folder it takes each module but those that begin with _ or test_, and conftest.py.
+        What can't be loaded, or has a name that is taken, is logged and becomes a Problem.
+        """
         found = pkgutil.iter_modules(__path__)
         names = [module.name for module in found if not module.name.startswith("_")]
         modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
-        return cls([kind_of(module) for module in modules])
+        kinds = {kind.name: kind for kind in map(kind_of, modules)}
+        problems = []
+        for file in dict.fromkeys(file for path in paths for file in _files(path)):
+            try:
+                kind = _kind_in(file)
+                if kind.name in kinds:
+                    raise NoKind(f"KIND is {kind.name!r}; that name is taken")
+                kinds[kind.name] = kind
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # also SystemExit: whatever it is, it is one file's
+                problems.append(Problem(file.name, _why(file, error)))
+                log.error("%s is no kind: %s: %s", file, type(error).__name__, error)
+        return cls(kinds.values(), problems)
 
     def names(self) -> list[str]:
         """Their names, sorted."""

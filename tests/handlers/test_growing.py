@@ -697,7 +697,7 @@ def writers(tmp_path: Path) -> Iterator[Writers]:
         cursor = "at" if resumable else "None"
         kind.write_text(LINES.format(resumable=resumable, cursor=cursor))
         server = Server(tmp_path / "data", *options)
-        server.env = {"KIND_FILE": str(kind)}
+        server.env = {"SLUICE_KINDS": str(kind)}
         servers.append(server)
         return server.start()
 
@@ -847,7 +847,7 @@ def test_what_a_resume_would_cut_off_is_not_served(tmp_path: Path, rows: bool) -
         code += "\nNEEDS = frozenset({'tables'})\n"
     kind = tmp_path / "lines_kind.py"
     kind.write_text(code)
-    site.env = {"KIND_FILE": str(kind)}
+    site.env = {"SLUICE_KINDS": str(kind)}
     site.start()
     try:
         job = Lines(site, tmp_path / "steps", 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -626,6 +627,27 @@ def test_kinds_have_a_schema(site: Server) -> None:
     assert schema["properties"]["steps"]["minimum"] == 0
     assert schema["properties"]["steps"]["default"] == 100
     assert schema["additionalProperties"] is False
+
+
+def test_kinds_of_a_folder_run_and_a_broken_one_is_told(serve: Serve, tmp_path: Path) -> None:
+    """The good kinds of ``--kinds`` can be started; of the broken one file and reason are there."""
+    folder = tmp_path / "mykinds"
+    folder.mkdir()
+    (folder / "_text.py").write_text("GREETING = 'hello'\n")
+    (folder / "greet.py").write_text(
+        "import msgspec\nfrom ._text import GREETING\n"
+        "KIND, TITLE = 'greet', 'Greet'\n"
+        "class Params(msgspec.Struct, forbid_unknown_fields=True):\n    name: str\n"
+        "async def run(ctx, params):\n    return {'said': f'{GREETING} {params.name}'}\n"
+    )
+    (folder / "broken.py").write_text("import sys\nsys.exit(open('/nowhere/at/all'))\n")
+    server = serve("--kinds", str(folder))
+    server.expected = ("broken.py is no kind",)
+    page = server.get("/v1/kinds").json
+    assert page["problems"] == [{"file": "broken.py", "detail": "line 2: FileNotFoundError"}]
+    assert "greet" in [kind["kind"] for kind in page["items"]]
+    job = server.post("/v1/jobs", {"kind": "greet", "params": {"name": "ann"}}).json
+    assert server.wait_for(job["id"], "succeeded")["result"]["data"] == {"said": "hello ann"}
 
 
 @pytest.mark.parametrize(

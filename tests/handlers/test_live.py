@@ -593,7 +593,7 @@ def test_a_log_is_followed(tmp_path: Path) -> None:
     kind = tmp_path / "talk.py"
     kind.write_text(TALK)
     server = Server(tmp_path / "data")
-    server.env = {"KIND_FILE": str(kind)}
+    server.env = {"SLUICE_KINDS": str(kind)}
     server.start()
     body = {"kind": "talk", "params": {"lines": 4}}
     job = server.post("/v1/jobs", body).json["id"]
