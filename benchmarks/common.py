@@ -104,9 +104,9 @@ def main(measure: Callable[[], Report]) -> int:
 
 
 @contextmanager
-def place() -> Iterator[Path]:
+def place(where: str | Path = FOLDER) -> Iterator[Path]:
     """An empty folder that is removed at the end."""
-    folder = Path(tempfile.mkdtemp(prefix="sluice-bench-", dir=FOLDER))
+    folder = Path(tempfile.mkdtemp(prefix="sluice-bench-", dir=where))
     try:
         yield folder
     finally:

@@ -1,0 +1,202 @@
+"""How many jobs that do nothing a second, from submission to the end of the last one.
+
+Claim: submitted by ``manager.start``, at least 6 x the best of arq, SAQ and RQ. Ours run in one
+process, with the lane, rows in SQLite (synchronous=FULL) and all events in the log. A peer's jobs
+are submitted by its own client and run by one worker, each a process of its own, over a Redis that
+syncs its log before it answers (appendfsync always). All is kept on the disk of the checkout, for
+in memory no sync costs anything. 100 jobs run at once, here and there; the peers have hiredis and,
+where they can use it, uvloop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+
+from benchmarks.common import ROOT, ROUNDS, Report, at_least, main, place
+from jobs.files import Files, now_ms
+from jobs.kinds import Registry, kind_of
+from jobs.manager import Limits, Manager
+from jobs.runners import Runners
+from jobs.states import SUCCEEDED
+from storage import By
+from storage.blobs_local import LocalBlobs
+from storage.state_sqlite import SqliteState
+from storage.tables import Tables
+
+_DISK = ROOT / "test-output"
+_PEERS = {"arq": 1500, "SAQ": 4000, "RQ": 300}  # jobs in a round: one or two seconds
+_START = "Sluice, manager.start"
+_OURS = 8000
+_WIDTH = 100  # jobs at once
+_STARTING = 500  # callers of manager.start at once
+_FIRST = 200  # jobs of a peer before those that count
+
+
+# The peers
+
+
+def peers() -> Path:
+    """The Python of the peers' own virtual environment, made once in test-output/."""
+    folder = _DISK / "queues"
+    folder.mkdir(parents=True, exist_ok=True)
+    python, stamp = folder / "bin" / "python", folder / "installed.txt"
+    wanted = (ROOT / "benchmarks" / "requirements.txt").read_bytes()
+    with (_DISK / "queues.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not stamp.exists() or stamp.read_bytes() != wanted:
+            subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+            pip = [str(python), "-m", "pip", "install", "--quiet", "--no-cache-dir"]
+            named = ["--disable-pip-version-check", "-r", "benchmarks/requirements.txt"]
+            subprocess.run([*pip, *named], check=True, cwd=ROOT)
+            stamp.write_bytes(wanted)
+    return python
+
+
+@contextmanager
+def redis(folder: Path) -> Iterator[Path]:
+    """A Redis that answers when its log is on the disk; its socket."""
+    folder.mkdir()
+    at = folder / "socket"
+    options = ("--port", "0", "--unixsocket", str(at), "--dir", str(folder), "--save", "")
+    durable = ("--appendonly", "yes", "--appendfsync", "always")
+    server = subprocess.Popen(["redis-server", *options, *durable], stdout=subprocess.DEVNULL)
+    try:
+        with socket.socket(socket.AF_UNIX) as client:
+            while client.connect_ex(str(at)):
+                time.sleep(0.01)
+        yield at
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def peer_per_s(python: Path, at: Path, name: str, n: int) -> float:
+    """Jobs a second of a peer, with fresh ends."""
+    with _end(python, at, name, "work", n) as worker, _end(python, at, name, "submit", n) as client:
+        _line(worker)
+        _line(worker)  # the first lot is done
+        assert client.stdin is not None
+        client.stdin.write("\n")
+        client.stdin.flush()
+        began = float(_line(client))
+        return n / (float(_line(worker)) - began)
+
+
+@contextmanager
+def _end(python: Path, at: Path, name: str, role: str, n: int) -> Iterator[subprocess.Popen[str]]:
+    numbers = (str(_WIDTH), str(_FIRST), str(n))
+    end = subprocess.Popen(
+        [
+            str(python),
+            str(ROOT / "benchmarks" / "queues_peer.py"),
+            name.lower(),
+            role,
+            str(at),
+            *numbers,
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield end
+    finally:
+        end.kill()
+        end.communicate()
+
+
+def _line(end: subprocess.Popen[str]) -> str:
+    assert end.stdout is not None
+    line = end.stdout.readline()
+    if not line:
+        raise RuntimeError("a peer has ended by itself")
+    return line
+
+
+# Ours
+
+
+class Nothing(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """No parameters."""
+
+
+async def nothing(_: Any, __: Nothing) -> None:
+    """The job."""
+
+
+async def _ours_per_s(folder: Path) -> float:
+    blobs, state = LocalBlobs(folder), SqliteState(folder / "state.db")
+    await blobs.open()
+    boot = await state.open()
+    tables = Tables(folder / "tables.db")
+    kind = kind_of(SimpleNamespace(KIND="nothing", TITLE="Nothing", Params=Nothing, run=nothing))
+    manager = Manager(state, Registry([kind]), boot, Limits(slots=_WIDTH, max_queued=2 * _OURS))
+    Runners(manager, state, blobs, Files(state, blobs), tables, warm_s=30.0)
+    await manager.recover()
+    manager.open()
+    begin = time.perf_counter()
+    await _start(manager)
+    seq = boot.seq
+    while (await state.counts(None)).get(SUCCEEDED, 0) < _OURS:
+        seq = await state.wait(seq)
+    taken = time.perf_counter() - begin
+    await manager.close(1.0)
+    await blobs.close()
+    await tables.close()
+    await state.close()
+    return _OURS / taken
+
+
+async def _start(manager: Manager) -> None:
+    left = iter(range(_OURS))
+
+    async def work() -> None:
+        for _ in left:
+            by = By(actor="local", via="rest", at=now_ms())
+            await manager.start("nothing", {}, owner="local", by=by)
+
+    await asyncio.gather(*(work() for _ in range(_STARTING)))
+
+
+def measure() -> Report:
+    """All in turn."""
+    python = peers()
+    found: dict[str, list[float]] = {name: [] for name in (_START, *_PEERS)}
+    ratios: list[float] = []
+    with place(_DISK) as folder, redis(folder / "redis") as at:
+        for turn in range(ROUNDS + 1):
+            here = folder / f"ours-{turn}"
+            here.mkdir()
+            now = {_START: asyncio.run(_ours_per_s(here))}
+            now |= {name: peer_per_s(python, at, name, n) for name, n in _PEERS.items()}
+            if turn:
+                for name, value in now.items():
+                    found[name].append(value)
+                ratios.append(now[_START] / max(now[name] for name in _PEERS))
+    best = max(median(found[name]) for name in _PEERS)
+    return Report(
+        "No-op jobs",
+        ("Queue", "jobs/s", "best peer ="),
+        [
+            [name, f"{median(values):,.0f}", f"{median(values) / best:.2f} x"]
+            for name, values in found.items()
+        ],
+        [at_least("manager.start : best of arq, SAQ and RQ", median(ratios), 6.0)],
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(measure))
