@@ -1,19 +1,14 @@
 """What an export writes: rows as CSV or JSONL, plain or as one gzip member.
 
-Strategy for gzip. One member is made of *parts*, each a raw deflate stream of its own that ends in
-a full flush, i.e. on a byte, with nothing of it needed behind. So the member can go on behind any
-part, given only the CRC-32 and the length of the text so far, and any gunzip reads it as if it had
-been made in one go. A part ends by how much went through it, never by when a pause came, so that
-the bytes are the same however often it was interrupted. A part of 1 MiB of text loses next to
-nothing against one long stream. Nothing of a part is written before its end.
+Strategy for gzip. The member is made of parts (_gzip.py). A part ends by how much went through it,
+never by when a pause came, so that the bytes are the same however often it was interrupted. Nothing
+of a part is written before its end.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-import struct
-import zlib
 from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any, Protocol
@@ -21,13 +16,11 @@ from typing import Any, Protocol
 import msgspec
 
 from jobs.kinds import ArtifactWriter
+from jobs.kinds._gzip import HEAD, PART_BYTES, Member
 from jobs.kinds._records import Records, Row, text_of
 
-PART_BYTES = 1 << 20  # of text in one part of a gzip member
 _PART_SOURCE_BYTES = 16 << 20  # read for it: where a filter lets little through, it ends by this
 _LEVEL = 4  # half the time of level 6 and, for rows, nearly its ratio
-_GZIP_HEAD = bytes([0x1F, 0x8B, 8, 0, 0, 0, 0, 0, 0, 255])  # RFC 1952: no time, no name, any system
-_GZIP_END = b"\x03\x00"  # an empty last block of deflate (RFC 1951, 3.2.6)
 
 MEDIA_TYPES = {
     "csv": "text/csv",
@@ -134,30 +127,27 @@ class Plain:
 
 
 class Gzip:
-    """One gzip member (RFC 1952)."""
+    """One gzip member."""
 
     def __init__(self, file: ArtifactWriter, state: list[int]) -> None:
         self._file = file
-        self._crc, self._size = state or (0, 0)
+        self._member = Member(_LEVEL, *state)
         self._begin()
 
     def _begin(self) -> None:
-        self._part = zlib.compressobj(_LEVEL, zlib.DEFLATED, -zlib.MAX_WBITS)
-        self._made: list[bytes] = [] if self._file.offset else [_GZIP_HEAD]
+        self._made: list[bytes] = [] if self._file.offset else [HEAD]
         self._in_bytes = 0
         self._source_bytes = 0
 
     @property
     def state(self) -> list[int]:
         """See Sink."""
-        return [self._crc, self._size]
+        return [self._member.crc32, self._member.size_bytes]
 
     async def write(self, data: bytes | memoryview) -> None:
         """See Sink."""
-        self._crc = zlib.crc32(data, self._crc)
-        self._size += len(data)
         self._in_bytes += len(data)
-        self._made.append(self._part.compress(data))
+        self._made.append(self._member.add(data))
 
     async def settle(self, source_bytes: int) -> bool:
         """See Sink."""
@@ -168,14 +158,14 @@ class Gzip:
         return True
 
     async def _end(self) -> None:
-        self._made.append(self._part.flush(zlib.Z_FULL_FLUSH))
+        self._made.append(self._member.end_part())
         await self._file.write(b"".join(self._made))
         self._begin()
 
     async def close(self) -> None:
         """See Sink."""
         await self._end()
-        await self._file.write(_GZIP_END + struct.pack("<LL", self._crc, self._size & 0xFFFFFFFF))
+        await self._file.write(self._member.end())
 
 
 def sink(file: ArtifactWriter, format: str, state: list[int]) -> Sink:

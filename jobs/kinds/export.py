@@ -10,7 +10,6 @@ same bytes however often the job was paused or killed.
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Callable
 from contextlib import aclosing
 from datetime import UTC, datetime
@@ -22,6 +21,7 @@ import msgspec
 from errors import SluiceError
 from jobs.kinds import Context, FileReader
 from jobs.kinds._formats import MEDIA_TYPES, Sink, encoder, header, sink
+from jobs.kinds._names import check_name, with_suffix
 from jobs.kinds._records import Records, Row, Source, open_records, source_of, stem_of
 from jobs.kinds._where import Judge, Test, columns_of, compile_test, count_of, parse
 
@@ -32,7 +32,6 @@ PAUSE = "within 64 KiB; after 30 s, .gz formats repeat at most 16 MiB of the sou
 
 _MAX_COLUMNS = 1000
 _MAX_NAMES_BYTES = 20 << 10  # of the columns' names as JSON: they stand in the cursor
-_MAX_NAME_BYTES = 255
 _BATCH_ROWS = 250
 _BATCH_TESTS = 2000  # rows × tests in a batch
 _BATCH_BYTES = 32 << 10  # that names and commas may add to a batch
@@ -102,7 +101,7 @@ class Params(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
             except ValueError as error:
                 raise ValueError(f"The field `where` is no filter: {error}") from error
         if self.name is not None:
-            _check_name(self.name)
+            check_name(self.name)
         if isinstance(self.dates, list) and len(self.dates) > 10:
             raise ValueError("The field `dates` has more than 10 entries")
 
@@ -137,14 +136,6 @@ def _check_columns(columns: list[str]) -> None:
 
 def _too_many(columns: list[str]) -> bool:
     return len(msgspec.json.encode(columns)) > _MAX_NAMES_BYTES
-
-
-def _check_name(name: str) -> None:
-    """Only what would be stored unchanged as a file's name."""
-    hidden = any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in name)
-    plain = unicodedata.normalize("NFC", name).strip() == name and name not in ("", ".", "..")
-    if hidden or not plain or "/" in name or "\\" in name or len(name.encode()) > _MAX_NAME_BYTES:
-        raise ValueError("The field `name` is no plain file name of at most 255 bytes")
 
 
 class Cursor(msgspec.Struct):
@@ -413,8 +404,7 @@ class _Export:
         stem, suffix = stem_of(self._sources[0].name), f".{self._params.format}"
         if any(source.name == stem + suffix for source in self._sources):
             suffix = "-export" + suffix
-        room = _MAX_NAME_BYTES - len(suffix)
-        return stem.encode()[:room].decode(errors="ignore") + suffix
+        return with_suffix(stem, suffix)
 
 
 def _between(records: Records, dates: Dates) -> Callable[[Row], bool | None]:

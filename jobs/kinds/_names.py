@@ -1,0 +1,21 @@
+"""Names of what a kind makes."""
+
+from __future__ import annotations
+
+import unicodedata
+
+_MAX_BYTES = 255
+
+
+def check_name(name: str) -> None:
+    """Only what would be stored unchanged as a file's name. Raises ValueError for the rest."""
+    hidden = any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in name)
+    plain = unicodedata.normalize("NFC", name).strip() == name and name not in ("", ".", "..")
+    if hidden or not plain or "/" in name or "\\" in name or len(name.encode()) > _MAX_BYTES:
+        raise ValueError("The field `name` is no plain file name of at most 255 bytes")
+
+
+def with_suffix(stem: str, suffix: str) -> str:
+    """The two as one name; the stem is cut where that would be too long."""
+    kept = stem.encode()[: _MAX_BYTES - len(suffix.encode())].decode(errors="ignore")
+    return kept.rstrip() + suffix
