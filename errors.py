@@ -124,6 +124,9 @@ CATALOGUE: dict[str, Entry] = {
     "key-reused": Entry(
         422, "The key was used for another command", False, "Give each command a key of its own."
     ),
+    "key-in-flight": Entry(
+        409, "The first command under that key is not done", True, "Ask again in a moment."
+    ),
     "queue-full": Entry(429, "Too many jobs are waiting", True, "Try again later."),
     "too-many-sockets": Entry(429, "Too many live channels are open", True, "Close one of them."),
     # The service

@@ -109,7 +109,12 @@ ROUTES: list[Route] = [
         },
     ),
     # Jobs
-    Route(r"/v1/jobs", jobs.JobsHandler, {"GET": "List jobs", "POST": "Start a process"}),
+    Route(r"/v1/jobs", jobs.JobsHandler, {"GET": "List jobs", "POST": "Start a process, or many"}),
+    Route(  # before the next: these are no ids
+        r"/v1/jobs/(pause|resume|cancel|retry|delete)",
+        jobs.BulkHandler,
+        {"POST": "Pause, resume, cancel, retry or delete many jobs"},
+    ),
     Route(
         rf"/v1/jobs/{_ID}",
         jobs.JobHandler,

@@ -61,7 +61,7 @@ _READABLE = (
     *("Upload-Draft-Interop-Version", "Tus-Version", "Tus-Resumable", "Tus-Max-Size"),
     *("Tus-Extension", "Tus-Checksum-Algorithm", "Content-Range", "Content-Disposition"),
     *("Accept-Ranges", "ETag", "Repr-Digest", "Digest", "Retry-After", "X-Request-Id"),
-    *("Preference-Applied", "Sluice-Job"),
+    *("Preference-Applied", "Idempotency-Replayed", "Sluice-Job"),
 )
 _PREFLIGHT_S = 86400  # how long a browser remembers what it was told; it takes less if it wants
 

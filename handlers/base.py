@@ -171,6 +171,7 @@ class BaseHandler(WithOptions):
     caller: Caller
     body: Body
     request_id: str = ""
+    gone: Callable[[], None] | None = None  # to be called when the client has gone
 
     def initialize(self) -> None:
         """Find the services."""
@@ -397,6 +398,8 @@ class BaseHandler(WithOptions):
         body = getattr(self, "body", None)
         if body is not None:
             body.closed()
+        if self.gone is not None:
+            self.gone()
         super().on_connection_close()
 
     def compute_etag(self) -> str | None:
@@ -423,9 +426,7 @@ class BaseHandler(WithOptions):
         Raises invalid-field, also for a ``state`` that is none.
         """
         filters, values = _parameters(self.request.query, repeated, known)
-        for state in filters.get("state", ()):
-            if state not in STATES:
-                raise SluiceError("invalid-field", f"{state[:40]!r} is no state.", field="state")
+        check_states(filters.get("state", ()))
         return filters, values
 
     def paging(self, values: dict[str, str]) -> tuple[int, int | None]:
@@ -512,6 +513,13 @@ class BaseHandler(WithOptions):
             log.error("request %s failed", self.request_id, exc_info=error)
         else:
             log.debug("request %s: %s", self.request_id, refusal)
+
+
+def check_states(names: Iterable[str]) -> None:
+    """Raise invalid-field for a state that is none."""
+    for name in names:
+        if name not in STATES:
+            raise SluiceError("invalid-field", f"{name[:40]!r} is no state.", field="state")
 
 
 def _parameters(

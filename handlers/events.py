@@ -8,7 +8,7 @@ behind a cursor, which waits if nothing is there. Commands go by REST.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from time import monotonic
 
 from tornado.iostream import StreamClosedError
@@ -60,8 +60,6 @@ _doors: dict[tuple[str, bool], SseDoor] = {}
 
 class EventsHandler(BaseHandler):
     """Transitions as they happen."""
-
-    gone: Callable[[], None] | None = None  # to be called when the client has gone
 
     async def get(self) -> None:
         """A stream for who accepts text/event-stream, else what lies behind ``after``."""
@@ -129,12 +127,6 @@ class EventsHandler(BaseHandler):
             return
         told = [event_row(event) for event in events]
         self.reply({"events": told, "cursor": str(Cursor(hub.epoch, poll.seq)), "reset": None})
-
-    def on_connection_close(self) -> None:
-        """Tornado's hook."""
-        super().on_connection_close()
-        if self.gone is not None:
-            self.gone()
 
 
 class _Poll:

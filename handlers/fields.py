@@ -1,4 +1,5 @@
-"""Header fields that are written alike in every dialect: structured fields (RFC 9651), digests.
+"""Header fields that are written alike in every dialect: structured fields (RFC 9651), digests,
+preferences (RFC 7240).
 
 What is malformed counts as not sent, as RFC 9651 section 4.2 wants it: a reader returns nothing
 instead of raising, and the dialect says what it misses. Digests are hex everywhere but here.
@@ -19,6 +20,17 @@ import multipart
 # algorithms prove nothing against an attacker, so a digest by one of them is not looked at.
 _DIGEST_BYTES = {"sha-256": 32, "sha-512": 64}
 
+# One of a list, in which a comma may stand in a string; and what a preference looks like. Both take
+# any text in linear time.
+_ELEMENT = re.compile(r'(?:[^",]|"(?:[^"\\]|\\.)*+"?+)++', re.DOTALL)
+_TOKEN = r"[\w!#$%&'*+.^`|~-]++"
+_WORD = rf'(?:"((?:[^"\\]|\\.)*+)"|({_TOKEN}))'
+_PREFERENCE = re.compile(
+    rf"[ \t]*+({_TOKEN})[ \t]*+(?:=[ \t]*+{_WORD}[ \t]*+)?+"
+    rf"(?:;[ \t]*+(?:{_TOKEN}[ \t]*+(?:=[ \t]*+{_WORD}[ \t]*+)?+)?+)*+",
+    re.ASCII | re.DOTALL,
+)
+
 _QUOTED = re.compile('"[^"]*"')
 _EXTENDED_NAME = re.compile(r"(?i);\s*filename\*\s*=\s*utf-8'[^';]*'([^\s;\"]+)")
 _MEDIA_TYPE = re.compile(r"[a-z0-9][a-z0-9!#$&^_.+-]{0,126}/[a-z0-9][a-z0-9!#$&^_.+-]{0,126}")
@@ -35,6 +47,28 @@ def boolean(value: str | None) -> bool | None:
     """A Boolean (RFC 9651 section 3.3.6); None if it is missing or anything else."""
     found = _item(value)
     return found if isinstance(found, bool) else None
+
+
+def string(value: str | None) -> str | None:
+    """A String (RFC 9651 section 3.3.3); None if it is missing or anything else."""
+    found = _item(value)
+    return found if isinstance(found, str) else None
+
+
+def preferences(value: str | None) -> dict[str, str]:
+    """The preferences of a Prefer (RFC 7240 section 2) by name in lower case, without parameters.
+
+    One without a value has an empty one, which means the same. Of one that is there twice the first
+    counts; what is malformed counts as not sent.
+    """
+    found: dict[str, str] = {}
+    for element in _ELEMENT.findall(value or ""):
+        match = _PREFERENCE.fullmatch(element)
+        if match is not None:
+            quoted, plain = match[2], match[3]
+            text = re.sub(r"\\(.)", r"\1", quoted) if quoted is not None else plain or ""
+            found.setdefault(match[1].lower(), text)
+    return found
 
 
 def dictionary(values: Mapping[str, int | bool | bytes]) -> str:

@@ -146,7 +146,7 @@ def _require(headers: Mapping[str, str], shown: Shown, now_s: float) -> None:
     """If-Match, by strong comparison; without it, If-Unmodified-Since."""
     match = headers.get("If-Match")
     if match is not None:
-        if match.strip() != "*" and shown.etag not in _tags(match):
+        if match.strip() != "*" and shown.etag not in tags_of(match):
             raise SluiceError("version-mismatch", "If-Match names another version of the file.")
         return
     since = http_date(headers.get("If-Unmodified-Since", ""), now_s)
@@ -158,7 +158,7 @@ def _is_known(headers: Mapping[str, str], shown: Shown, now_s: float) -> bool:
     """If-None-Match, by weak comparison; without it, If-Modified-Since."""
     none_match = headers.get("If-None-Match")
     if none_match is not None:
-        tags = {tag.removeprefix("W/") for tag in _tags(none_match)}
+        tags = {tag.removeprefix("W/") for tag in tags_of(none_match)}
         return none_match.strip() == "*" or shown.etag in tags
     since = http_date(headers.get("If-Modified-Since", ""), now_s)
     return since is not None and shown.modified_s <= since
@@ -174,7 +174,7 @@ def _range_applies(if_range: str | None, shown: Shown, now_s: float) -> bool:
     return old_enough and http_date(if_range, now_s) == shown.modified_s
 
 
-def _tags(header: str) -> list[str]:
+def tags_of(header: str) -> list[str]:
     """The entity tags of a list, in which a comma may stand inside a tag; to the first bad one."""
     tags: list[str] = []
     if len(header) > _MAX_TAGS_CHARS:

@@ -19,6 +19,7 @@ import msgspec
 from errors import SluiceError
 from handlers.auth import is_prefetch
 from handlers.base import BaseHandler
+from handlers.fields import preferences
 from handlers.send import send_file
 from handlers.wire import Body, Form, Part
 from jobs import File, Filter, Job
@@ -336,7 +337,7 @@ class ExportHandler(SimpleHandler):
         file = await self.services.files.find(clean_name(name, "filename"), self.caller.owner)
         downloads, caller = self.services.downloads, self.caller
         by = caller.by("simple")
-        if "respond-async" in self.request.headers.get("Prefer", "").lower():
+        if "respond-async" in preferences(self.request.headers.get("Prefer")):
             job = await downloads.ready(file, owner=caller.owner, client=caller.client, by=by)
             self.set_header("Location", self.location(f"/v1/jobs/{job.id}"))
             self.set_header("Preference-Applied", "respond-async")

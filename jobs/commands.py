@@ -1,13 +1,14 @@
-"""What clients tell jobs to do, over a connection that stays: in order, once, many at a time.
+"""What clients tell jobs to do, through whichever door: in order, once, many at a time.
 
-Strategy. A ``Session`` takes commands without waiting and answers each exactly once, after its
-commit. A command waits for the earlier ones of its session that touch the same jobs; one by filter
-touches all. Every wait is for something that was submitted before, so nobody waits in a circle.
+Strategy. A ``Session`` is a connection that stays. It takes commands without waiting and answers
+each exactly once, after its commit. A command waits for the earlier ones of its session that touch
+the same jobs; one by filter touches all. Every wait is for something that was submitted before, so
+nobody waits in a circle. A command that comes alone, as over HTTP, is one call (``Commands.run``).
 
 A command with a key is done once, however often it comes: while the first is in flight, a repeat
 waits for its answer; later, the store tells what came of it, in the transaction that changed the
 job. Of many jobs each has a key of its own, made of the command's, so that a repeat after a crash
-goes on with the rest.
+goes on with the rest. Keys are the owner's, and the same through every door.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from datetime import datetime
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
 from errors import SluiceError
 from jobs import states
@@ -32,6 +33,7 @@ from storage import By, Filter, Job, Key, Spent, Used
 log = logging.getLogger("sluice.jobs")
 
 IN_FLIGHT = 16
+STARTS = 1000  # in a list
 
 _JOBS = 500  # in a list
 _PAGE = 100  # of a filter
@@ -86,6 +88,19 @@ async def start(
     return job
 
 
+class ChangeRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """What a change says; what is left out stays."""
+
+    name: str | UnsetType = UNSET
+    priority: int | UnsetType = UNSET
+    limit_bytes_per_s: int | UnsetType | None = UNSET
+
+    def fields(self) -> dict[str, Any]:
+        """What was given."""
+        given = msgspec.structs.asdict(self)
+        return {field: value for field, value in given.items() if value is not UNSET}
+
+
 class _Nothing(msgspec.Struct, forbid_unknown_fields=True):
     pass
 
@@ -105,6 +120,7 @@ _ARGS: dict[str, type[msgspec.Struct]] = {
     "retry": _Nothing,
     "delete": _Nothing,
     "priority": _Priority,
+    "change": ChangeRequest,
     "start": StartRequest,
 }
 _OF_ENDED = ("retry", "delete")
@@ -114,8 +130,9 @@ class Command(msgspec.Struct, frozen=True, kw_only=True):
     """One order: to ``job``, to each of ``jobs`` (at most 500), or to all that ``where`` takes.
 
     ``where`` has its owner set. ``key`` makes a repeat harmless for 24 hours. ``if_v`` is the
-    version that one job must be at. ``args``: ``force`` of cancel, ``priority``, or a
-    ``StartRequest``.
+    version that one job must be at, or several of which it must be at one. ``args``: ``force`` of
+    cancel, ``priority``, a ``ChangeRequest``, or a ``StartRequest``, as they are or as plain JSON;
+    ``starts`` are many of the last.
     """
 
     op: str
@@ -123,8 +140,9 @@ class Command(msgspec.Struct, frozen=True, kw_only=True):
     jobs: tuple[str, ...] | None = None
     where: Filter | None = None
     key: str | None = None
-    if_v: int | None = None
-    args: dict[str, Any] = {}
+    if_v: int | tuple[int, ...] | None = None
+    args: dict[str, Any] | StartRequest | ChangeRequest = {}
+    starts: tuple[StartRequest, ...] | None = None
 
 
 class Outcome(NamedTuple):
@@ -142,8 +160,23 @@ class Outcome(NamedTuple):
     failures: int
 
 
+class Told(NamedTuple):
+    """An outcome, and what only those need who tell more than that.
+
+    ``row`` is the one job right after the commit, and ``status`` 202 if what was asked for is still
+    under way; both only if it was done now. It was done before if ``replayed``. ``items``: of many
+    starts, in their order, the job (its id if it was made before), or why there is none.
+    """
+
+    outcome: Outcome
+    row: Job | None = None
+    status: int = 200
+    replayed: bool = False
+    items: Sequence[Job | str | SluiceError] = ()
+
+
 Answer = Callable[[Outcome | SluiceError], None]
-_Task = asyncio.Task[Outcome | SluiceError]
+_Task = asyncio.Task[Told | SluiceError]
 
 
 class Commands:
@@ -156,6 +189,28 @@ class Commands:
     def session(self, owner: str, client: str, via: str) -> Session:
         """One connection; ``via`` is the door's name in the signature of its commands."""
         return Session(self, owner, client, via)
+
+    async def run(self, command: Command, *, owner: str, client: str, via: str) -> Told:
+        """Do one command that comes alone, by itself; returns after its commit.
+
+        A caller that is cancelled, or has gone, takes nothing back. Raises what the command is
+        refused for; key-in-flight while the first one under the key is not done.
+        """
+        args = _checked(command)
+        key = _key_of(command, args, owner)
+        if self.leader(key) is not None:
+            raise SluiceError("key-in-flight", retry_after_s=1)
+        order = _Order(self.manager, command, args, key, owner, client, via)
+        task: _Task = self.manager.spawn(_run([], order))
+        if key is not None:
+            self.lead(key, task)
+        await asyncio.wait([task])
+        if task.cancelled():
+            raise SluiceError("stopping", retry_after_s=5)
+        told = task.result()
+        if isinstance(told, SluiceError):
+            raise told
+        return told
 
     def leader(self, key: Key | None) -> _Task | None:
         """The same command in flight, of whichever connection. Raises key-reused."""
@@ -198,7 +253,7 @@ class Session:
             if len(self._running) >= IN_FLIGHT:
                 raise SluiceError("busy", f"{IN_FLIGHT} commands are unanswered.")
             args = _checked(command)
-            key = _key_of(command, self._owner)
+            key = _key_of(command, args, self._owner)
             leader = self._commands.leader(key)
         except SluiceError as error:
             answer(error)
@@ -225,16 +280,18 @@ class Session:
 
     def _answer(self, task: _Task, answer: Answer) -> None:
         del self._running[task]
-        if not self._closed:
-            answer(SluiceError("stopping") if task.cancelled() else task.result())
+        if self._closed:
+            return
+        told = SluiceError("stopping") if task.cancelled() else task.result()
+        answer(told if isinstance(told, SluiceError) else told.outcome)
 
 
-async def _follow(before: Sequence[_Task], leader: _Task) -> Outcome | SluiceError:
+async def _follow(before: Sequence[_Task], leader: _Task) -> Told | SluiceError:
     await asyncio.wait([*before, leader])
     return leader.result()
 
 
-async def _run(before: Sequence[_Task], order: _Order) -> Outcome | SluiceError:
+async def _run(before: Sequence[_Task], order: _Order) -> Told | SluiceError:
     if before:
         await asyncio.wait(before)
     try:
@@ -248,6 +305,12 @@ class _Record(msgspec.Struct, array_like=True):
 
     failures: int
     failed: list[tuple[str, str, str]]  # job, code, detail
+
+
+class _Started(msgspec.Struct, array_like=True):
+    """What is kept of the outcome of many starts: each job, or code, detail and field."""
+
+    items: list[str | tuple[str, str, str | None]]
 
 
 class _Order:
@@ -275,11 +338,13 @@ class _Order:
         self._failed: list[tuple[str, SluiceError]] = []
         self._is_whole = True  # nothing is left that a repeat could do
 
-    async def run(self) -> Outcome:
+    async def run(self) -> Told:
         """Do it, or tell what came of it when it was done."""
         command = self._command
+        if command.starts is not None:
+            return await self._start_each(command.starts)
         if command.jobs is None and command.where is None:
-            return await self._one(command.job or "", self._key)
+            return await self._one(command.job or "", self._args, self._key)
         return await self._many()
 
     def refusal(self, error: Exception) -> SluiceError:
@@ -291,33 +356,41 @@ class _Order:
 
     # One job
 
-    async def _one(self, job_id: str, key: Key | None) -> Outcome:
+    async def _one(self, job_id: str, args: msgspec.Struct, key: Key | None) -> Told:
         used = await self._used(key)
         if used is None:
             try:
-                job, version = await self._act(job_id, key)
+                job, status = await self._act(job_id, args, key)
             except Spent as spent:
                 used = spent.used
             else:
-                return Outcome(job, version, None, [], 0)
+                if job is None:
+                    return Told(Outcome(job_id, None, None, [], 0))
+                return Told(Outcome(job.id, job.version, None, [], 0), job, status)
         assert key is not None
         _check_print(key, used.fingerprint)
         version = None if self._command.op == "delete" else used.version
-        return Outcome(used.job, version, None, [], 0)
+        return Told(Outcome(used.job, version, None, [], 0), replayed=True)
 
-    async def _act(self, job_id: str, key: Key | None) -> tuple[str, int | None]:
+    async def _act(
+        self, job_id: str, args: msgspec.Struct, key: Key | None
+    ) -> tuple[Job | None, int]:
+        """The job after it (none after a delete), and 202 if it is under way."""
         manager, owner, if_version = self._manager, self._owner, self._command.if_v
         by = By(actor=self._client or owner, via=self._via, at=now_ms())
         op = self._command.op
-        match self._args:
-            case StartRequest() as asked:
-                job = await start(manager, asked, owner=owner, client=self._client, by=by, key=key)
-            case _Priority(priority=priority):
+        match args:
+            case StartRequest():
+                job = await start(manager, args, owner=owner, client=self._client, by=by, key=key)
+            case ChangeRequest() | _Priority():
+                change = args.fields() if isinstance(args, ChangeRequest) else {}
+                if isinstance(args, _Priority):
+                    change = {"priority": args.priority}
                 job = await manager.change(
-                    job_id, owner=owner, by=by, priority=priority, if_version=if_version, key=key
+                    job_id, owner=owner, by=by, if_version=if_version, key=key, **change
                 )
             case _Force(force=force):
-                job, _ = await manager.command(
+                return await manager.command(
                     job_id, op, owner=owner, by=by, if_version=if_version, force=force, key=key
                 )
             case _ if op == "retry":
@@ -326,19 +399,19 @@ class _Order:
                 )
             case _ if op == "delete":
                 await manager.delete(job_id, owner=owner, by=by, if_version=if_version, key=key)
-                return job_id, None
+                return None, 200
             case _:
-                job, _ = await manager.command(
+                return await manager.command(
                     job_id, op, owner=owner, by=by, if_version=if_version, key=key
                 )
-        return job.id, job.version
+        return job, 200
 
     async def _used(self, key: Key | None) -> Used | None:
         return await self._manager.used(key.owner, key.key) if key is not None else None
 
     # Many jobs
 
-    async def _many(self) -> Outcome:
+    async def _many(self) -> Told:
         used = await self._used(self._key)
         if used is None:
             if self._command.jobs is not None:
@@ -349,12 +422,12 @@ class _Order:
                 failed = [(job, error.code, error.detail) for job, error in self._failed]
                 record = msgspec.json.encode(_Record(self._failures, failed)).decode()
                 await self._manager.spend(self._key, record, self._n)
-            return Outcome(None, None, self._n, self._failed, self._failures)
+            return Told(Outcome(None, None, self._n, self._failed, self._failures))
         assert self._key is not None
         _check_print(self._key, used.fingerprint)
         kept = msgspec.json.decode(used.job, type=_Record)
         named = [(job, SluiceError(code, detail)) for job, code, detail in kept.failed]
-        return Outcome(None, None, used.version, named, kept.failures)
+        return Told(Outcome(None, None, used.version, named, kept.failures), replayed=True)
 
     async def _matching(self, where: Filter) -> None:
         """Each job that matches, newest first: what is made meanwhile comes before the pages."""
@@ -396,10 +469,47 @@ class _Order:
 
     async def _try(self, job_id: str) -> SluiceError | None:
         try:
-            await self._one(job_id, self._key_for(job_id))
+            await self._one(job_id, self._args, self._key_for(job_id))
         except Exception as error:
             return self.refusal(error)
         return None
+
+    # Many starts
+
+    async def _start_each(self, starts: Sequence[StartRequest]) -> Told:
+        """Start each, some in a commit; those of a repeat that were started before stay as one."""
+        used = await self._used(self._key)
+        if used is not None:
+            assert self._key is not None
+            _check_print(self._key, used.fingerprint)
+            kept = msgspec.json.decode(used.job, type=_Started)
+            return self._told_starts([_item(item) for item in kept.items], replayed=True)
+        items: list[Job | str | SluiceError] = []
+        for at in range(0, len(starts), _AT_ONCE):
+            some = starts[at : at + _AT_ONCE]
+            items += await asyncio.gather(
+                *(self._try_start(asked, at + i) for i, asked in enumerate(some))
+            )
+            await asyncio.sleep(0)
+        errors = [item for item in items if isinstance(item, SluiceError)]
+        if self._key is not None and not any(error.entry.retry for error in errors):
+            record = msgspec.json.encode(_Started([_kept(item) for item in items])).decode()
+            await self._manager.spend(self._key, record, len(items) - len(errors))
+        return self._told_starts(items)
+
+    async def _try_start(self, asked: StartRequest, at: int) -> Job | str | SluiceError:
+        try:
+            told = await self._one("", asked, self._key_for(str(at)))
+        except Exception as error:
+            return self.refusal(error)
+        return told.row or told.outcome.job or ""
+
+    def _told_starts(
+        self, items: Sequence[Job | str | SluiceError], *, replayed: bool = False
+    ) -> Told:
+        failures = sum(isinstance(item, SluiceError) for item in items)
+        outcome = Outcome(None, None, len(items) - failures, [], failures)
+        return Told(outcome, replayed=replayed, items=items)
 
     def _key_for(self, job_id: str) -> Key | None:
         key = self._key
@@ -411,6 +521,22 @@ def _checked(command: Command) -> msgspec.Struct:
     op = command.op
     if op not in _ARGS:
         raise SluiceError("invalid-field", f"{op[:40]!r} is no command.", field="op")
+    if command.starts is not None:
+        if not 1 <= len(command.starts) <= STARTS:
+            raise SluiceError("invalid-field", f"A list has 1 to {STARTS:,} starts.")
+        return _Nothing()
+    _check_target(command)
+    if isinstance(command.args, _ARGS[op]):
+        return command.args
+    try:
+        return msgspec.convert(command.args, _ARGS[op])
+    except msgspec.ValidationError as error:
+        raise invalid(error) from error
+
+
+def _check_target(command: Command) -> None:
+    """Raise invalid-field if it is not clear which jobs are meant."""
+    op = command.op
     wheres = {"job": command.job, "jobs": command.jobs, "f": command.where}
     given = [field for field, value in wheres.items() if value is not None]
     if op == "start" and given:
@@ -423,17 +549,27 @@ def _checked(command: Command) -> msgspec.Struct:
         raise SluiceError("invalid-field", "A version goes with one job.", field="if_v")
     if command.jobs is not None and not 1 <= len(command.jobs) <= _JOBS:
         raise SluiceError("invalid-field", f"A list has 1 to {_JOBS} jobs.", field="jobs")
-    try:
-        return msgspec.convert(command.args, _ARGS[op])
-    except msgspec.ValidationError as error:
-        raise invalid(error) from error
 
 
-def _key_of(command: Command, owner: str) -> Key | None:
+def _key_of(command: Command, args: msgspec.Struct, owner: str) -> Key | None:
+    """The key, and a print of all that the command means, whichever words it was said in."""
     if command.key is None:
         return None
-    said = msgspec.json.encode(msgspec.structs.replace(command, key=None), order="deterministic")
+    meant = msgspec.structs.replace(command, key=None, args={}), args
+    said = msgspec.json.encode(meant, order="deterministic")
     return Key(owner, command.key, hashlib.blake2b(said, digest_size=16).hexdigest())
+
+
+def _kept(item: Job | str | SluiceError) -> str | tuple[str, str, str | None]:
+    """One of many starts, as it is stored."""
+    if isinstance(item, SluiceError):
+        return item.code, item.detail, item.field
+    return item if isinstance(item, str) else item.id
+
+
+def _item(kept: str | tuple[str, str, str | None]) -> str | SluiceError:
+    """What was stored of one of many starts."""
+    return kept if isinstance(kept, str) else SluiceError(kept[0], kept[1], field=kept[2])
 
 
 def _check_print(key: Key, fingerprint: str) -> None:

@@ -95,6 +95,7 @@ class Grown(NamedTuple):
 
 
 News = Callable[[Job | None], None]
+Versions = int | Sequence[int] | None  # one of which a job must be at
 
 
 class Driver(Protocol):
@@ -176,7 +177,8 @@ class Manager:
         self._slots: set[str] = set()
         self._alarms: dict[str, asyncio.TimerHandle] = {}
         self._rollbacks: dict[str, asyncio.Task[None]] = {}
-        self._waiters: dict[str, list[asyncio.Future[None]]] = {}
+        self._waits: set[asyncio.Future[Job | None]] = set()
+        self._creating = 0  # jobs that will wait in the queue, and are not committed so far
         self._news: dict[str, set[News]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._claiming: asyncio.Task[None] | None = None
@@ -226,7 +228,7 @@ class Manager:
             self.kinds.parse(kind, params)
         counts = await self._state.counts(None)
         waiting = counts.get(states.QUEUED, 0) + counts.get(states.SCHEDULED, 0)
-        if waiting >= self.limits.max_queued:
+        if waiting + self._creating >= self.limits.max_queued:
             raise SluiceError("queue-full", f"{waiting} jobs are waiting.", retry_after_s=5)
         now = now_ms()
         job_id = uuid7()
@@ -244,7 +246,11 @@ class Manager:
             retry_of=retry_of,
             progress=Progress(unit=self.unit(kind)),
         )
-        return await self._create(job, by, name if live_name else None, key)
+        self._creating += 1  # so that many that come at once are counted, too
+        try:
+            return await self._create(job, by, name if live_name else None, key)
+        finally:
+            self._creating -= 1
 
     async def begin(
         self,
@@ -284,7 +290,7 @@ class Manager:
         *,
         owner: str,
         by: By,
-        if_version: int | None = None,
+        if_version: Versions = None,
         force: bool = False,
         key: Key | None = None,
     ) -> tuple[Job, int]:
@@ -308,7 +314,7 @@ class Manager:
         name: str | None = None,
         priority: int | None = None,
         limit_bytes_per_s: int | None = UNSET,
-        if_version: int | None = None,
+        if_version: Versions = None,
         key: Key | None = None,
     ) -> Job:
         """Rename a job, move it in the queue, or limit its transfer; the job after it.
@@ -353,7 +359,7 @@ class Manager:
         *,
         owner: str,
         by: By,
-        if_version: int | None = None,
+        if_version: Versions = None,
         key: Key | None = None,
     ) -> Job:
         """A new job like one that has ended, from the start. Raises job-live, unknown-kind."""
@@ -377,7 +383,7 @@ class Manager:
         *,
         owner: str,
         by: By,
-        if_version: int | None = None,
+        if_version: Versions = None,
         key: Key | None = None,
     ) -> None:
         """Forget a job that has ended, with its history. Its files stay. Raises job-live."""
@@ -387,7 +393,7 @@ class Manager:
         except Stale:  # an ended job moves no more: somebody else has deleted it
             raise _unknown(job_id) from None
 
-    async def _ended_job(self, job_id: str, owner: str, if_version: int | None) -> Job:
+    async def _ended_job(self, job_id: str, owner: str, if_version: Versions) -> Job:
         """A job that has ended. Raises job-unknown, version-mismatch, job-live."""
         job = await self.get(job_id, owner)
         _check_version(job, if_version)
@@ -543,18 +549,35 @@ class Manager:
                 continue
             return
 
-    async def ended(self, job_id: str, wait_s: float) -> bool:
-        """Wait until the job is final, at most ``wait_s``; whether it is."""
-        if job_id not in self._active:
-            return True
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiters.setdefault(job_id, []).append(waiter)
+    async def until(self, job_id: str, done: Callable[[Job], bool], wait_s: float) -> Job | None:
+        """The first row of a job that is ``done``, or how it is after ``wait_s``.
+
+        None if there is no such job. Returns early when the service stops. ``done`` must be true of
+        a job that has ended, and short. A caller that is cancelled leaves nothing behind.
+        """
+        reached: asyncio.Future[Job | None] = asyncio.get_running_loop().create_future()
+
+        def news(job: Job | None) -> None:
+            if job is not None and not reached.done() and done(job):
+                reached.set_result(job)
+
+        self.listen(job_id, news)
+        self._waits.add(reached)
         try:
-            async with asyncio.timeout(wait_s):
-                await waiter
-        except TimeoutError:
-            return False
-        return True
+            job = await self._state.get(job_id)
+            if job is None or done(job) or not self._open:
+                return job
+            await asyncio.wait([reached], timeout=wait_s)
+            found = reached.result() if reached.done() else None
+            return found or await self._state.get(job_id)
+        finally:
+            self.unlisten(job_id, news)
+            self._waits.discard(reached)
+
+    async def ended(self, job_id: str, wait_s: float) -> bool:
+        """Wait until the job is final, at most ``wait_s``; whether it is, or is no more."""
+        job = await self.until(job_id, lambda job: job.state in states.FINAL, wait_s)
+        return job is None or job.state in states.FINAL
 
     def grew(self, job_id: str) -> None:
         """More of a file that the job makes was committed, so that ``grown`` tells it."""
@@ -605,6 +628,9 @@ class Manager:
     async def close(self, grace_s: float) -> None:
         """Bring every live job to a checkpoint, at most ``grace_s`` long, and stop."""
         self._open = False
+        for reached in self._waits:
+            if not reached.done():
+                reached.set_result(None)
         drivers = set(self._drivers.values())
         try:
             async with asyncio.timeout(grace_s):
@@ -629,7 +655,7 @@ class Manager:
         facts: Facts,
         *,
         owner: str | None = None,
-        if_version: int | None = None,
+        if_version: Versions = None,
         fence: int | None = None,
         files: Sequence[File] = (),
         command: bool = False,
@@ -756,10 +782,6 @@ class Manager:
             self._active[job.id] = job
         for news in self._news.get(job.id, ()):
             news(job)
-        if job.state in states.FINAL:
-            for waiter in self._waiters.pop(job.id, ()):
-                if not waiter.done():
-                    waiter.set_result(None)
         if job.deadline_at is None and (alarm := self._alarms.pop(job.id, None)):
             alarm.cancel()
 
@@ -981,8 +1003,9 @@ def _asked(name: str | None, priority: int | None, limit_bytes_per_s: int | None
     return asked
 
 
-def _check_version(job: Job, if_version: int | None) -> None:
-    if if_version is not None and job.version != if_version:
+def _check_version(job: Job, if_version: Versions) -> None:
+    versions = (if_version,) if isinstance(if_version, int) else if_version
+    if versions is not None and job.version not in versions:
         raise SluiceError(
             "version-mismatch", f"The job is at version {job.version}.", version=job.version
         )

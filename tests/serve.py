@@ -44,6 +44,10 @@ def _succeeds(state: Any, job: Any, *args: Any) -> bool:
     return bool(job.state == "succeeded")
 
 
+def _pauses(state: Any, job: Any, *args: Any) -> bool:
+    return bool(job.state == "pausing")
+
+
 def _always(*args: Any) -> bool:
     return True
 
@@ -59,6 +63,7 @@ POINTS: dict[str, Point] = {
     "published": (LocalBlobs, "publish", "after", _always),  # renamed, not committed
     "ending": (SqliteState, "commit", "before", _succeeds),
     "ended": (SqliteState, "commit", "after", _succeeds),  # committed, not answered
+    "pausing": (SqliteState, "commit", "after", _pauses),
     "flush": (SqliteState, "_flush", "before", _always),
     "checkpoint": (runners.Process, "checkpoint", "before", _always),
     "undo": (runners, "_undo", "after", _always),

@@ -45,7 +45,7 @@ SHOWN = (
     "Upload-Concat, Upload-Complete, Upload-Limit, Upload-Draft-Interop-Version, Tus-Version, "
     "Tus-Resumable, Tus-Max-Size, Tus-Extension, Tus-Checksum-Algorithm, Content-Range, "
     "Content-Disposition, Accept-Ranges, ETag, Repr-Digest, Digest, Retry-After, X-Request-Id, "
-    "Preference-Applied, Sluice-Job"
+    "Preference-Applied, Idempotency-Replayed, Sluice-Job"
 )
 SENDABLE = (
     "Authorization, Content-Type, Content-Disposition, Content-Digest, Repr-Digest, "

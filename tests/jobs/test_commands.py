@@ -14,7 +14,7 @@ import pytest
 
 from errors import SluiceError
 from jobs import manager
-from jobs.commands import IN_FLIGHT, Command, Commands, Outcome
+from jobs.commands import IN_FLIGHT, Command, Commands, Outcome, StartRequest
 from jobs.files import now_ms
 from jobs.kinds import Kind
 from jobs.manager import Limits
@@ -427,6 +427,48 @@ async def test_a_repeat_in_flight_waits_for_the_first(tmp_path: Path) -> None:
         )
         assert [job.id for job in await all_jobs(world)] == [answers[0].job]
         assert answers == [answers[0]] * 6
+
+
+async def test_a_command_that_comes_alone_does_not_wait_for_another(tmp_path: Path) -> None:
+    """A repeat in flight is refused where nobody waits; later it is told what came of the first."""
+    async with World(tmp_path, ONCE) as world:
+        commands = Commands(world.manager)
+        args = StartRequest(kind="once", params={})
+        asked = Command(op="start", args=args, key="k")
+
+        def run() -> Any:
+            return commands.run(asked, owner=OWNER, client="tab", via="rest")
+
+        first: Any
+        second: Any
+        first, second = await asyncio.gather(run(), run(), return_exceptions=True)
+        assert code_of(second) == "key-in-flight"
+        assert first.row is not None and not first.replayed
+        again = await run()
+        assert again.replayed and again.outcome == first.outcome
+        by_tab = await Desk(commands).submit("start", args={"kind": "once"}, key="k")
+        assert by_tab == first.outcome
+        assert len(await all_jobs(world)) == 1
+
+
+async def test_a_caller_that_has_gone_takes_no_command_back(tmp_path: Path) -> None:
+    """What was given is obeyed although nobody waits for the answer any more."""
+    async with World(tmp_path, ONCE) as world:
+        commands = Commands(world.manager)
+        starts = tuple(StartRequest(kind="once") for _ in range(60))
+        asked = Command(op="start", starts=starts, key="k")
+        task = asyncio.create_task(commands.run(asked, owner=OWNER, client="", via="rest"))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+        async def found() -> Any:
+            return await world.manager.used(OWNER, "k")
+
+        while await found() is None:
+            await asyncio.sleep(0.002)
+        assert len(await all_jobs(world)) == 60
 
 
 async def test_repeats_across_connections_wait_in_no_circle(tmp_path: Path) -> None:

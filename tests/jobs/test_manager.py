@@ -28,6 +28,7 @@ from hypothesis.stateful import (
 
 from errors import SluiceError
 from jobs.downloads import Downloads
+from jobs.files import now_ms
 from jobs.kinds import Kind
 from jobs.manager import Limits
 from jobs.states import FINAL
@@ -152,6 +153,58 @@ async def test_full_queue_refuses(tmp_path: Path) -> None:
             await world.start("walk")
         assert caught.value.code == "queue-full"
         assert caught.value.retry_after_s
+
+
+async def test_a_full_queue_refuses_also_those_that_come_at_once(tmp_path: Path) -> None:
+    """Of many starts in one turn of the loop no more are taken than there is room for."""
+    limits = Limits(slots=1, max_queued=7)
+    async with World(tmp_path, Bench().walker, limits=limits) as world:
+        later = now_ms() + 3_600_000
+        found = await asyncio.gather(
+            *(world.start("walk", not_before=later) for _ in range(30)), return_exceptions=True
+        )
+        refused = [error.code for error in found if isinstance(error, SluiceError)]
+        assert refused == ["queue-full"] * 23
+        assert (await world.manager.counts(OWNER)) == {"scheduled": 7}
+
+
+async def test_who_waits_for_a_job_leaves_nothing_behind(tmp_path: Path) -> None:
+    """A wait ends with what was waited for, with the time, with its caller, or with the service."""
+    world = World(tmp_path, Bench().walker)
+    await world.open()
+    manager = world.manager
+    job = await world.start("walk", not_before=now_ms() + 3_600_000)
+
+    def paused(job: Job) -> bool:
+        return job.state == "paused" or job.state in FINAL
+
+    waits = [asyncio.create_task(manager.until(job, paused, 60)) for _ in range(3)]
+    await eventually(lambda: len(manager._waits) == 3, "they wait")
+    waits[0].cancel()
+    await asyncio.wait([waits[0]])
+    assert len(manager._waits) == len(manager._news[job]) == 2
+    await world.tell(job, "pause")
+    for wait in waits[1:]:
+        found = await wait
+        assert found is not None and found.state == "paused"
+    assert not manager._waits and not manager._news
+    assert not await manager.ended(job, 0.01)
+    late = asyncio.create_task(manager.ended(job, 60))
+    await eventually(lambda: manager._waits, "it waits")
+    await world.close()
+    assert not await late
+    assert not manager._waits and not manager._news
+
+
+async def test_queued_and_deleted_jobs_are_waited_for_rightly(tmp_path: Path) -> None:
+    """One that has not begun has not ended; one that is no more has."""
+    async with World(tmp_path, Bench().walker, limits=Limits(slots=0)) as world:
+        job = await world.start("walk")
+        assert not await world.manager.ended(job, 0.01)
+        await world.tell(job, "cancel")
+        assert await world.manager.ended(job, 0.01)
+        await world.manager.delete(job, owner=OWNER, by=world.by())
+        assert await world.manager.ended(job, 0.01)
 
 
 async def test_queue_goes_by_priority_then_age_and_resumed_jobs_first(tmp_path: Path) -> None:
@@ -1407,7 +1460,7 @@ async def test_commands_race_with_the_end(tmp_path: Path) -> None:
         assert world.manager.running == 0
         await eventually(lambda: not world.runners._live, "no frame is left")
         assert not world.manager._alarms
-        assert not world.manager._waiters
+        assert not world.manager._waits and not world.manager._news
 
 
 # ---- The CPU lane ----
