@@ -1,10 +1,11 @@
 """Rows in one SQLite file, written in groups.
 
 Strategy. All writes that happen in one turn of the loop become one transaction: each write is a
-function of the connection, queued with a future; ``_flush`` runs the queue inside BEGIN…COMMIT,
-each write under a savepoint of its own, and only then resolves the futures. So an acknowledged
-write is a committed one, a failing write fails alone, and nothing is ever awaited inside a
-transaction. The next group waits long enough that SQLite gets at most 30 % of the loop's time.
+function of the connection, queued with a future; ``_flush`` runs the queue inside BEGIN…COMMIT and
+only then resolves the futures. So an acknowledged write is a committed one, and nothing is ever
+awaited inside a transaction. A failing write fails alone: nearly all refuse before they have
+changed anything; if one has, the group is run again with a savepoint around each. The next group
+waits so long that SQLite gets at most 30 % of the time of a loop that has other things to do.
 
 Transitions, cursors and durable_bytes are committed with synchronous=FULL; what may be lost at a
 power cut (stored progress, stored_bytes, logs) with NORMAL, unless it shares a group with the
@@ -52,8 +53,9 @@ from storage import (
 T = TypeVar("T")
 Change = Callable[[sqlite3.Connection], Any]
 
-_GROUP = 500  # writes in one transaction; bounds the loop's pause
-_SHARE = 0.3  # of the loop's time that commits may take
+_GROUP = 250  # writes in one transaction; bounds the loop's pause
+_SHARE = 0.3  # of the time of a busy loop that commits may take
+_IDLE_S = 1e-4  # a turn of the loop that takes no longer did nothing
 _CHECKPOINT_S = 1.0
 _LEASE_S = 15.0  # for the commit that must follow a claim
 _LOG_LINES = 10_000  # kept for each job
@@ -86,18 +88,7 @@ CREATE INDEX IF NOT EXISTS jobs_ended ON jobs (ended_at) WHERE ended_at IS NOT N
 CREATE TABLE IF NOT EXISTS counts (
     owner TEXT, kind TEXT, state TEXT, n INTEGER NOT NULL, PRIMARY KEY (owner, kind, state)
     ) WITHOUT ROWID;
-CREATE TRIGGER IF NOT EXISTS jobs_in AFTER INSERT ON jobs BEGIN
-    INSERT INTO counts VALUES (new.owner, new.kind, new.state, 1)
-        ON CONFLICT DO UPDATE SET n = n + 1; END;
-CREATE TRIGGER IF NOT EXISTS jobs_out AFTER DELETE ON jobs BEGIN
-    UPDATE counts SET n = n - 1
-        WHERE owner = old.owner AND kind = old.kind AND state = old.state; END;
-CREATE TRIGGER IF NOT EXISTS jobs_move AFTER UPDATE OF state ON jobs
-    WHEN old.state <> new.state BEGIN
-    UPDATE counts SET n = n - 1
-        WHERE owner = old.owner AND kind = old.kind AND state = old.state;
-    INSERT INTO counts VALUES (new.owner, new.kind, new.state, 1)
-        ON CONFLICT DO UPDATE SET n = n + 1; END;
+DROP TRIGGER IF EXISTS jobs_in; DROP TRIGGER IF EXISTS jobs_out; DROP TRIGGER IF EXISTS jobs_move;
 CREATE TABLE IF NOT EXISTS events (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, job TEXT NOT NULL, version INTEGER NOT NULL,
     kind TEXT NOT NULL, owner TEXT NOT NULL, at INTEGER NOT NULL, from_ TEXT, to_ TEXT NOT NULL,
@@ -158,6 +149,9 @@ class SqliteState:
         self._queue: list[_Write] = []
         self._flushing: asyncio.TimerHandle | asyncio.Handle | None = None
         self._not_before = 0.0
+        self._turned = 0.0
+        self._totals: dict[str, int] = {}  # of counts, by state
+        self._moved: dict[tuple[str, str, str], int] = {}  # of counts, in this group
         self._full: bool | None = None
         self._dirty = False
         self._checkpoint: asyncio.TimerHandle | None = None
@@ -208,6 +202,8 @@ class SqliteState:
         self._seq = self._con.execute(
             "SELECT coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'events'), 0)"
         ).fetchone()[0]
+        totals = self._con.execute("SELECT state, sum(n) FROM counts GROUP BY state")
+        self._totals = dict(totals.fetchall())
         return Boot(meta["epoch"], self._incarnation, self._seq, same_boot)
 
     def _first_whole(self) -> int:
@@ -239,13 +235,21 @@ class SqliteState:
         future: asyncio.Future[T] = loop.create_future()
         self._queue.append(_Write(change, future, full and self._strict))
         if self._flushing is None:
-            delay_s = self._not_before - time.monotonic()
-            if delay_s > 0.0005:
-                self._flushing = loop.call_later(delay_s, self._flush)
-            else:
-                self._flushing = loop.call_soon(self._flush)
-        # A caller that is cancelled must not take the write back: it is the group's now.
-        return asyncio.shield(future)
+            self._flushing = loop.call_soon(self._turn)
+        # A caller that is cancelled does not take the write back: it is the group's now.
+        return future
+
+    def _turn(self) -> None:
+        """Flush, unless it is the others' time and they use it.
+
+        They are given it in turns of the loop: an idle one would only sleep it away.
+        """
+        now = time.monotonic()
+        if now >= self._not_before or now - self._turned < _IDLE_S:
+            self._flush()
+            return
+        self._turned = now
+        self._flushing = asyncio.get_running_loop().call_soon(self._turn)
 
     def _flush(self) -> None:
         self._flushing = None
@@ -253,14 +257,11 @@ class SqliteState:
         began = time.monotonic()
         results: list[Any] = []
         try:
-            self._begin(any(write.full for write in group))
-            results = [self._apply(write.change) for write in group]
-            self._con.execute("COMMIT")
+            results = self._run_group(group)
         except Exception as error:  # nothing of the group was kept
             if self._con.in_transaction:
                 self._con.execute("ROLLBACK")
-            refusal = _refusal(error)
-            results = [refusal] * len(group)
+            results = [_refusal(error)] * len(group)
         self._not_before = time.monotonic() + (time.monotonic() - began) * (1 / _SHARE - 1)
         for write, result in zip(group, results, strict=True):
             if write.future.cancelled():
@@ -271,10 +272,28 @@ class SqliteState:
             else:
                 write.future.set_result(result)
         if self._queue:
-            self._flushing = asyncio.get_running_loop().call_soon(self._flush)
+            self._flushing = asyncio.get_running_loop().call_soon(self._turn)
         self._tidy_later()
         self._announce()
         self._trim()
+
+    def _run_group(self, group: Sequence[_Write]) -> list[Any]:
+        """Commit writes; what came of each."""
+        full = any(write.full for write in group)
+        self._begin(full)
+        results = self._apply_bare(group)
+        if results is None:
+            self._con.execute("ROLLBACK")
+            self._begin(full)
+            results = self._apply_safely(group)
+        self._con.executemany(
+            "INSERT INTO counts VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET n = n + excluded.n",
+            [(*cell, n) for cell, n in self._moved.items() if n],
+        )
+        self._con.execute("COMMIT")
+        for (_, _, state), n in self._moved.items():
+            self._totals[state] = self._totals.get(state, 0) + n
+        return results
 
     def _begin(self, full: bool) -> None:
         if full != self._full:
@@ -282,18 +301,45 @@ class SqliteState:
             self._full = full
         self._con.execute("BEGIN IMMEDIATE")
 
-    def _apply(self, change: Change) -> Any:
-        """The change's result, or the exception with which it alone has failed."""
-        self._con.execute("SAVEPOINT one")
-        try:
-            result = change(self._con)
-        except Exception as error:
-            if not self._con.in_transaction:  # SQLite gave the whole group up (a full disk)
-                raise
-            self._con.execute("ROLLBACK TO one")
-            result = error if isinstance(error, Stale | Fenced | Spent) else _refusal(error)
-        self._con.execute("RELEASE one")
-        return result
+    def _apply_bare(self, group: Sequence[_Write]) -> list[Any] | None:
+        """Run writes without savepoints; None if one has failed half-way."""
+        self._moved = {}
+        results: list[Any] = []
+        for write in group:
+            before = self._con.total_changes
+            try:
+                results.append(write.change(self._con))
+            except Exception as error:
+                if not self._con.in_transaction:  # SQLite gave the group up (a full disk)
+                    raise
+                if self._con.total_changes != before:
+                    return None
+                results.append(_own(error))
+        return results
+
+    def _apply_safely(self, group: Sequence[_Write]) -> list[Any]:
+        """Run writes so that each fails alone, whatever it has done."""
+        self._moved = {}
+        results: list[Any] = []
+        for write in group:
+            moved = self._moved.copy()
+            self._con.execute("SAVEPOINT one")
+            try:
+                results.append(write.change(self._con))
+            except Exception as error:
+                if not self._con.in_transaction:
+                    raise
+                self._con.execute("ROLLBACK TO one")
+                self._moved = moved
+                results.append(_own(error))
+            self._con.execute("RELEASE one")
+        return results
+
+    def _count(self, job: Job | Event, state: str | None, by: int) -> None:
+        """Note that a job has come into a state or left it."""
+        if state is not None:
+            cell = (job.owner, job.kind, state)
+            self._moved[cell] = self._moved.get(cell, 0) + by
 
     def _announce(self) -> None:
         """Wake those who wait for events."""
@@ -360,11 +406,8 @@ class SqliteState:
                     _spend(con, key, found.id, found.version)
                     return found, False
             _spend(con, key, job.id, job.version)
-            row = con.execute("SELECT seq FROM sqlite_sequence WHERE name='jobs'").fetchone()
-            made = msgspec.structs.replace(
-                job, h=(row[0] if row else 0) + 1, incarnation=self._incarnation
-            )
-            con.execute(
+            made = msgspec.structs.replace(job, incarnation=self._incarnation)
+            inserted = con.execute(
                 "INSERT INTO jobs (id, owner, client, kind, name, state, version, fence,"
                 " incarnation, priority, rank, not_before, ended_at, live, live_name, doc,"
                 " progress, cursor, undo, stored_bytes, durable_bytes)"
@@ -393,7 +436,9 @@ class SqliteState:
                     made.durable_bytes,
                 ),
             )
+            made = msgspec.structs.replace(made, h=inserted.lastrowid)
             self._log_event(con, event, made)
+            self._count(made, made.state, 1)
             return made, True
 
         return await self._write(change)  # type: ignore[no-any-return]
@@ -412,14 +457,14 @@ class SqliteState:
 
         def change(con: sqlite3.Connection) -> int:
             _spend(con, key, job.id, job.version)
-            self._guard(con, job.id, was_version, fence)
             live = _live(job)
-            con.execute(
+            done = con.execute(
                 # The fence never falls: a command may have read the row before it was claimed.
                 "UPDATE jobs SET name=?, state=?, version=?, fence=max(fence, ?), incarnation=?,"
                 " priority=?, rank=?, not_before=?, ended_at=?, live=?,"
                 " live_name = CASE WHEN ? THEN live_name END,"
-                " lease_ends = CASE WHEN ? THEN lease_ends END, doc=?, progress=? WHERE id=?",
+                " lease_ends = CASE WHEN ? THEN lease_ends END, doc=?, progress=?"
+                " WHERE id=? AND version=? AND state=? AND fence=coalesce(?, fence)",
                 (
                     job.name,
                     job.state,
@@ -436,10 +481,19 @@ class SqliteState:
                     _doc(job),
                     _encode(job.progress),
                     job.id,
+                    was_version,
+                    event.from_,
+                    fence,
                 ),
             )
+            if done.rowcount == 0:
+                self._guard(con, job.id, was_version, fence)
+                raise Stale(job.id)  # its state is not the one that the event begins with
             for file in files:
                 _add_file(con, file)
+            if event.from_ != job.state:
+                self._count(job, event.from_, -1)
+                self._count(job, job.state, 1)
             return self._log_event(con, event, job)
 
         return await self._write(change)  # type: ignore[no-any-return]
@@ -594,7 +648,9 @@ class SqliteState:
                 yield f"jobs INDEXED BY {index}", *_where(filter, owner, (kind,), (state,))
 
     async def counts(self, owner: str | None) -> dict[str, int]:
-        """See the contract. Kept by triggers, so it costs nothing to ask."""
+        """See the contract. Kept with each change, so it costs nothing to ask."""
+        if owner is None:
+            return {state: n for state, n in self._totals.items() if n}
         owned, values = _owned(owner)
         rows = self._con.execute(
             f"SELECT state, sum(n) FROM counts WHERE {owned} GROUP BY state", values
@@ -629,6 +685,7 @@ class SqliteState:
         def change(con: sqlite3.Connection) -> int:
             _spend(con, key, job_id, event.version)
             self._guard(con, job_id, was_version, None)
+            self._count(event, event.from_, -1)
             con.execute("DELETE FROM jobs WHERE id = ?", (job_id,))
             con.execute(  # what is older than the log is whole was kept for the job's history
                 "DELETE FROM events WHERE job = ?"
@@ -856,6 +913,11 @@ def _refusal(error: BaseException) -> SluiceError:
     refusal = SluiceError("internal")
     refusal.__cause__ = error
     return refusal
+
+
+def _own(error: Exception) -> Exception:
+    """What a write that fails alone tells its caller."""
+    return error if isinstance(error, Stale | Fenced | Spent) else _refusal(error)
 
 
 def _used(con: sqlite3.Connection, owner: str, key: str) -> Used | None:

@@ -21,7 +21,7 @@ import pytest
 
 import storage.state_sqlite
 from errors import SluiceError
-from storage import Boot, Filter, Progress, Stale
+from storage import Boot, Filter, Job, Progress, Stale
 from storage.state_sqlite import SqliteState
 from tests.storage.conformance_state import move, start, start_all, the
 from tests.storage.rows import a_file, a_job, its_event, moved
@@ -133,32 +133,61 @@ class TestDurability:
         assert statements[begin - 1] == "PRAGMA synchronous=FULL"
         assert statements.count("COMMIT") == 1
 
-    @pytest.mark.parametrize(("writes", "groups"), [(1, 1), (300, 1), (1_200, 3)])
+    @pytest.mark.parametrize(("writes", "groups"), [(1, 1), (250, 1), (900, 4)])
     async def test_a_turn_is_a_transaction(
         self, state: SqliteState, writes: int, groups: int
     ) -> None:
-        """All writes of one turn of the loop share a commit, at most 500 of them."""
+        """All writes of one turn of the loop share a commit, at most 250 of them."""
         statements = traced(state)
         await start_all(state, [a_job(f"{i}") for i in range(writes)])
         assert statements.count("COMMIT") == groups
 
+    @pytest.mark.parametrize("busy", [True, False])
     async def test_commits_leave_time_to_others(
-        self, state: SqliteState, monkeypatch: pytest.MonkeyPatch
+        self, state: SqliteState, monkeypatch: pytest.MonkeyPatch, busy: bool
     ) -> None:
-        """After a commit that took long, the next one waits in proportion."""
+        """After a commit that took long, the next one waits in proportion, if others are busy."""
         job = await start(state, a_job())
         real = state._begin
 
         def slow(full: bool) -> None:
-            time.sleep(0.02)
+            time.sleep(0.1)
             real(full)
+
+        async def work() -> None:
+            while True:
+                time.sleep(0.001)
+                await asyncio.sleep(0)
 
         with monkeypatch.context() as patch:
             patch.setattr(state, "_begin", slow)
             job = await move(state, job, "running")
+        other = asyncio.create_task(work() if busy else asyncio.sleep(0))
         began = time.monotonic()
         await move(state, job, "paused")
-        assert time.monotonic() - began > 0.03
+        taken = time.monotonic() - began
+        other.cancel()
+        assert taken > 0.2 if busy else taken < 0.1
+
+    @pytest.mark.parametrize("others", [0, 3])
+    async def test_a_write_that_fails_half_way_leaves_nothing(
+        self, state: SqliteState, others: int
+    ) -> None:
+        """What it has changed is taken back, whoever shares its group; the counts fit the rows."""
+        first = await start(state, a_job())
+        twice = a_file()
+        failed, *made = await asyncio.gather(
+            move(state, first, "running", files=[twice, twice]),
+            *(start(state, a_job(f"{i}")) for i in range(others)),
+            return_exceptions=True,
+        )
+        assert isinstance(failed, SluiceError)
+        assert [job.id for job in made if isinstance(job, Job)] == [f"{i}" for i in range(others)]
+        assert await state.get("j1") == first
+        assert await state.newest("ann", twice.name) is None
+        assert await state.counts(None) == await state.counts("ann") == {"queued": 1 + others}
+        await move(state, first, "running", files=[twice])
+        assert await state.counts("ann") == {"running": 1} | ({"queued": others} if others else {})
 
     async def test_the_wal_is_folded_in(
         self, state: SqliteState, monkeypatch: pytest.MonkeyPatch
