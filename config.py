@@ -350,6 +350,12 @@ class Config:
             "a process that has not paused or stopped by then is forced to; at least warn_s",
         ),
     )
+    child_grace_s: float = field(
+        default=5.0,
+        metadata=_about(
+            _duration(0), "a program that is told to end (SIGTERM) is killed after this time"
+        ),
+    )
     stop_grace_s: float = field(
         default=25.0,
         metadata=_about(

@@ -41,6 +41,7 @@ from handlers.feed import Feeds
 from handlers.live import MESSAGE_BYTES
 from handlers.now import Now
 from jobs.add import add
+from jobs.children import Children
 from jobs.commands import Commands
 from jobs.downloads import Downloads
 from jobs.events import Hub
@@ -122,7 +123,17 @@ async def assembled(config: Config) -> AsyncIterator[Parts]:
         ),
     )
     files = Files(state, blobs)
-    Runners(manager, state, blobs, files, tables, warm_s=config.warm_s)
+    children = Children(folder)
+    Runners(
+        manager,
+        state,
+        blobs,
+        files,
+        tables,
+        warm_s=config.warm_s,
+        children=children,
+        child_grace_s=config.child_grace_s,
+    )
     uploads = Uploads(
         manager,
         state,
@@ -169,8 +180,10 @@ async def assembled(config: Config) -> AsyncIterator[Parts]:
         ),
     )
     try:
+        await children.open()
         yield Parts(state, blobs, tables, services)
     finally:
+        await children.close()
         await blobs.close()
         await tables.close()
         await state.close()

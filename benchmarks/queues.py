@@ -26,6 +26,7 @@ from typing import Any
 import msgspec
 
 from benchmarks.common import ROOT, ROUNDS, Report, at_least, main, place
+from jobs.children import Children
 from jobs.files import Files, now_ms
 from jobs.kinds import Registry, kind_of
 from jobs.manager import Limits, Manager
@@ -144,7 +145,8 @@ async def _ours_per_s(folder: Path) -> float:
     tables = Tables(folder / "tables.db")
     kind = kind_of(SimpleNamespace(KIND="nothing", TITLE="Nothing", Params=Nothing, run=nothing))
     manager = Manager(state, Registry([kind]), boot, Limits(slots=_WIDTH, max_queued=2 * _OURS))
-    Runners(manager, state, blobs, Files(state, blobs), tables, warm_s=30.0)
+    files, children = Files(state, blobs), Children(folder)
+    Runners(manager, state, blobs, files, tables, warm_s=30.0, children=children)
     await manager.recover()
     manager.open()
     begin = time.perf_counter()

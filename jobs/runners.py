@@ -15,19 +15,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import os
 import types
 from collections import deque
-from collections.abc import Coroutine, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping, Sequence
+from pathlib import Path
 from time import monotonic, perf_counter
 from typing import Any
 
 import msgspec
 
 from errors import SluiceError
+from jobs.children import Child, Children, Limits
 from jobs.files import Files, clean_name, media_type_of, now_ms, uuid7
 from jobs.kinds import JobCancelled, JobPaused, Kind
 from jobs.manager import Glance, Grown, Manager
+from jobs.programs import Program, artifact_handler, pipe_to
 from jobs.progress import Meter
+from jobs.remote import run_in_child
 from jobs.states import FINAL, RUNNING, SUCCEEDED, Input
 from jobs.zips import MEDIA_TYPE, PLAIN, ZIP, Layout, Names, ZipDraft, load
 from storage import (
@@ -59,6 +65,8 @@ _NOTE_S = 0.25
 _MAX_UNDO = 10_000
 _AGAIN_S = 1.0  # before a cursor that could not be saved is tried again
 _LAST_S = 0.5  # for those that must be cancelled at a stop
+_LONG_S = 3600.0  # the longest single wait
+_PATHS_FROM = 3  # the first descriptor of a program's files
 
 
 class Lane:
@@ -173,6 +181,9 @@ class Process:
         self._dropped = 0
         self._dirty = False
         self._nap: asyncio.Future[None] | None = None
+        self.is_exact = runners.is_exact
+        self._programs: list[Program] = []
+        self._folder: Path | None = None
         self._resumed = perf_counter()
         self.task = asyncio.get_running_loop().create_task(self._run())
 
@@ -258,6 +269,87 @@ class Process:
             )
         return made.zip
 
+    async def folder(self) -> Path:
+        if self._folder is None:
+            self._folder = await self._runners.children.make_folder(self.job_id)
+        return self._folder
+
+    async def program(
+        self,
+        argv: Sequence[str],
+        *,
+        stdin: Reader | None = None,
+        files: Sequence[Reader] = (),
+        stdout: _Artifact | None = None,
+        env: Mapping[str, str] | None = None,
+        limits: Mapping[str, int] | None = None,
+    ) -> Program:
+        given = {_PATHS_FROM + n: _descriptor(reader) for n, reader in enumerate(files)}
+        if stdin is not None:
+            given[0] = _descriptor(stdin)
+        program = await self.spawn(argv, given, stdout=stdout, env=env, limits=limits)
+        if stdin is not None:
+            program.watch_input(given[0])
+        return program
+
+    # For what runs in a child
+
+    async def spawn(
+        self,
+        argv: Sequence[str],
+        fds: Mapping[int, int],
+        *,
+        stdout: _Artifact | None = None,
+        env: Mapping[str, str] | None = None,
+        limits: Mapping[str, int] | None = None,
+        make: Callable[[Process, Child], Program] = Program,
+    ) -> Program:
+        """Start a program with these descriptors, and with pipes for what it says."""
+        folder = await self.folder()
+        pipes: dict[int, int] = {}
+        out, err = pipe_to(pipes, 1), pipe_to(pipes, 2)
+        try:
+            child = await self._runners.children.start(
+                argv,
+                cwd=folder,
+                env={"HOME": str(folder), "TMPDIR": str(folder), **(env or {})},
+                fds={**fds, **pipes},
+                limits=msgspec.convert(limits or {}, Limits),
+            )
+        except BaseException:
+            os.close(out)
+            os.close(err)
+            raise
+        finally:
+            for fd in pipes.values():
+                os.close(fd)
+        program = make(self, child)
+        self._programs.append(program)
+        if stdout is None:
+            program.listen_lines(out, "out")
+        else:
+            program.listen(out, artifact_handler(stdout))
+        program.listen_lines(err, "err")
+        return program
+
+    async def attend(self, news: asyncio.Future[None], wait_s: float) -> None:
+        """Wait for news at most so long, standing at a checkpoint."""
+        if self.want == "run":
+            loop = asyncio.get_running_loop()
+            timer = loop.call_later(wait_s, _done, news)
+            try:
+                await self._wait(news)
+            finally:
+                timer.cancel()
+        if self.want != "run":
+            await self._obey()
+
+    def note(self, cursor: Any = None, **marks: Any) -> None:
+        """A checkpoint that lies behind: keep what it said."""
+        if cursor is not None:
+            self._set_cursor(cursor)
+        self.meter.mark(**marks)
+
     # For the driver
 
     def wake(self, want: str) -> None:
@@ -336,6 +428,8 @@ class Process:
         while self.want != "run":
             if self.want == "cancel":
                 raise JobCancelled
+            for program in self._programs:
+                await program.hold()
             try:
                 await self._save_cursor()
             except SluiceError as error:
@@ -348,18 +442,22 @@ class Process:
                 raise JobPaused
             if self.want == "pause":
                 await self._park()
+        for program in self._programs:
+            program.go()
 
     async def _park(self) -> None:
         """Give the slot back and keep the frame, until a claim, a cancel, or the pause is cold."""
         self.parked = True
         self.meter.hold()
         await self._tell(Input.UNWOUND, fence=self.fence)
-        cold = monotonic() + self._runners.warm_s
+        # A program that can't go on from a cursor would have run for nothing.
+        keeps = bool(self._programs) and not self._kind.resumable
+        cold = math.inf if keeps else monotonic() + self._runners.warm_s
         while self.parked and self.want not in ("cancel", "stop"):
             left_s = cold - monotonic()
             if left_s <= 0:
                 break
-            await self._wait_s(left_s)
+            await self._wait_s(min(left_s, _LONG_S))
         if self.parked and self.want != "cancel":
             self.over = True
             raise JobPaused
@@ -412,7 +510,7 @@ class Process:
         try:
             await self._prepare()
             params = msgspec.convert(self._job.params, self._kind.params)
-            data = await self._stepped(self._kind.run(self, params))
+            data = await self._work(params)
             self.over = True
             await self._finish(data or {})
         except JobPaused:
@@ -436,6 +534,22 @@ class Process:
             await self._fail(SluiceError("kind-failed", detail))
         finally:
             await self._let_go()
+
+    async def _work(self, params: Any) -> dict[str, Any] | None:
+        """Run the kind where it belongs; its programs have ended when this returns or raises."""
+        in_child = self._kind.runs_in(params) == "child"
+        run = run_in_child(self, self._kind, params) if in_child else self._kind.run(self, params)
+        grace_s = self._runners.child_grace_s
+        try:
+            data: dict[str, Any] | None = await self._stepped(run)
+            return data
+        except (JobPaused, asyncio.CancelledError):  # it stands still, or the grace is over
+            grace_s = 0
+            raise
+        finally:
+            for program in self._programs:
+                await program.end(grace_s)
+            self._programs.clear()
 
     @types.coroutine
     def _stepped(self, work: Coroutine[Any, Any, Any]) -> Generator[Any, Any, Any]:
@@ -536,6 +650,8 @@ class Process:
         """Close everything; a job that was ended by force meanwhile leaves no artefacts."""
         for artifact in self._artifacts.values():
             await artifact.writer.close()
+        if self._folder is not None:
+            await self._runners.children.remove_folder(self._folder)
         if self._runners.closed:
             return
         await self._flush_log()
@@ -568,6 +684,8 @@ class Runners:
         tables: Tables,
         *,
         warm_s: float,
+        children: Children,
+        child_grace_s: float = 5.0,
     ) -> None:
         self.manager = manager
         self.state = state
@@ -575,6 +693,9 @@ class Runners:
         self.files = files
         self.tables = tables
         self.warm_s = warm_s
+        self.children = children
+        self.child_grace_s = child_grace_s
+        self.is_exact = False  # children wait at each checkpoint, for a harness that counts them
         self.lane = Lane()
         self.closed = False
         self._live: dict[str, Process] = {}
@@ -730,6 +851,13 @@ class Runners:
 
     def _unfinished(self) -> list[Process]:
         return [process for process in self._live.values() if not process.task.done()]
+
+
+def _descriptor(reader: Reader) -> int:
+    fd = reader.fileno()
+    if fd is None:
+        raise SluiceError("kind-failed", "A program can't read that file: it is made when read.")
+    return fd
 
 
 def _done(future: asyncio.Future[None]) -> None:

@@ -7,7 +7,9 @@ A kind is one module in this package:
     UNIT = "bytes"                      # of done and total: bytes, rows, steps, files
     RESUMABLE = True                    # it goes on from ctx.cursor; else it starts over
     EXACTLY_ONCE = False                # its effects commit with the cursor
-    RUNNER = "lane"                     # a coroutine that shares the loop ("child": a process)
+    RUNNER = "lane"                     # a coroutine that shares the loop; "child": a process of
+                                        # its own; or def runner(params) -> str, which says it
+    CPU_BOUND = False                   # it computes more than it waits, for people
     PAUSE = "after the current block"   # when a pause takes effect, for people
     CURSOR_VERSION = 1                  # raise it when the meaning of the cursor changes
     NEEDS = frozenset()                 # {"tables"} to write rows
@@ -42,7 +44,15 @@ import pkgutil
 import re
 import sys
 import traceback
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -53,7 +63,7 @@ from errors import SluiceError
 log = logging.getLogger("sluice.kinds")
 
 UNITS = frozenset({"bytes", "rows", "steps", "files"})
-RUNNERS = frozenset({"lane"})
+RUNNERS = frozenset({"lane", "child"})
 TRANSFERS = frozenset({"upload", "download"})  # kinds of jobs that no module can be
 
 _NAME = re.compile(r"[a-z][a-z0-9._-]{0,63}")
@@ -185,6 +195,36 @@ class ZipWriter(Protocol):
         ...
 
 
+class Line(NamedTuple):
+    """A line that a program has written, to its standard output ("out") or error ("err")."""
+
+    source: str
+    text: str
+
+
+class Program(Protocol):
+    """A running program of the job; it is stopped while the job is paused, and ends with it.
+
+    ``async for line in program`` takes its lines until it has ended, with a None at least every
+    0.25 s, so that there is a moment to tell progress. Nothing is read while nobody asks.
+    """
+
+    @property
+    def pid(self) -> int:
+        """The number of its first process."""
+        ...
+
+    def read_bytes(self) -> int:
+        """How far it is in its standard input if that is a file, else all that it has read."""
+        ...
+
+    def __aiter__(self) -> AsyncIterator[Line | None]: ...
+
+    async def exit(self) -> Any:
+        """How it has ended: ``code`` or ``signal``, ``cpu_s``, ``peak_bytes``."""
+        ...
+
+
 class TableAccess(Protocol):
     """Rows in ``tables.db``."""
 
@@ -260,6 +300,28 @@ class Context(Protocol):
         """Open, or open again after a resume, an artefact that is a zip of stored files."""
         ...
 
+    async def program(
+        self,
+        argv: Sequence[str],
+        *,
+        stdin: FileReader | None = None,
+        files: Sequence[FileReader] = (),
+        stdout: ArtifactWriter | None = None,
+        env: Mapping[str, str] | None = None,
+        limits: Mapping[str, int] | None = None,
+    ) -> Program:
+        """Start a program without a shell; see Program. Not in a child.
+
+        It works in ``folder``, reads ``stdin``, finds ``files`` at ``/dev/fd/3`` and on, and writes
+        to ``stdout``; what it says elsewhere comes as lines. ``limits``: cpu_s, memory_bytes,
+        file_bytes, open_files, nice. Raises kind-failed if it can't be started.
+        """
+        ...
+
+    async def folder(self) -> Path:
+        """A folder of the job's own: empty at each start and resume, and removed at the end."""
+        ...
+
 
 Run = Callable[[Any, Any], Coroutine[Any, Any, dict[str, Any] | None]]
 
@@ -278,12 +340,17 @@ class Kind(NamedTuple):
     undo: Mapping[str, Callable[..., Awaitable[None]]]
     resumable: bool
     exactly_once: bool
-    runner: str
+    runner: str | Callable[[Any], str]
+    cpu_bound: bool
     pause: str
     unit: str
     cursor_version: int
     needs: frozenset[str]
     source: Source
+
+    def runs_in(self, params: Any) -> str:
+        """Its runner, with these parameters."""
+        return self.runner if isinstance(self.runner, str) else self.runner(params)
 
     def describe(self) -> dict[str, Any]:
         """The kind as ``GET /v1/kinds`` shows it."""
@@ -294,7 +361,8 @@ class Kind(NamedTuple):
             "params": msgspec.json.schema(self.params),
             "resumable": self.resumable,
             "exactly_once": self.exactly_once,
-            "runner": self.runner,
+            "runner": self.runner if isinstance(self.runner, str) else "lane or child",
+            "cpu_bound": self.cpu_bound,
             "pause": self.pause,
             "unit": self.unit,
         }
@@ -352,7 +420,9 @@ def kind_of(module: Any) -> Kind:
         undo=dict(given.take("UNDO", _is_undo, "a dict of names and `async def`s", {})),
         resumable=given.flag("RESUMABLE", True),
         exactly_once=given.flag("EXACTLY_ONCE", False),
-        runner=given.word("RUNNER", RUNNERS, "lane"),
+        runner=given.take("runner", _is_runner, "`def runner(params) -> str`", None)
+        or given.word("RUNNER", RUNNERS, "lane"),
+        cpu_bound=given.flag("CPU_BOUND", False),
         pause=given.text("PAUSE", "at the next checkpoint"),
         unit=given.word("UNIT", UNITS, "steps"),
         cursor_version=given.take("CURSOR_VERSION", _is_version, "a whole number from 0", 1),
@@ -397,6 +467,10 @@ def _is_run(value: Any) -> bool:
     except TypeError:
         return False
     return True
+
+
+def _is_runner(value: Any) -> bool:
+    return value is None or (inspect.isfunction(value) and not inspect.iscoroutinefunction(value))
 
 
 def _is_params(value: Any) -> bool:

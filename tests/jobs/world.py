@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from jobs import states
+from jobs.children import Children
 from jobs.files import Files, now_ms
 from jobs.kinds import Kind, Registry, kind_of
 from jobs.manager import Limits, Manager
@@ -135,12 +136,14 @@ class World:
         limits: Limits | None = None,
         stop_s: float = 2.0,
         uploads: UploadLimits | None = None,
+        child_grace_s: float = 2.0,
     ) -> None:
         self.folder = folder
         self.kinds = kinds
         self.warm_s = warm_s
         self.limits = limits or Limits()
         self.stop_s = stop_s
+        self.child_grace_s = child_grace_s
         self.upload_limits = uploads or UploadLimits(1 << 50, 3600.0, 3600.0, 300.0, "interval")
 
     async def __aenter__(self) -> World:
@@ -160,8 +163,17 @@ class World:
         self.tables = Tables(self.folder / "tables.db")
         self.manager = Manager(self.state, Registry(self.kinds), boot, self.limits)
         self.files = Files(self.state, self.blobs)
+        self.children = Children(self.folder)
+        await self.children.open()
         self.runners = Runners(
-            self.manager, self.state, self.blobs, self.files, self.tables, warm_s=self.warm_s
+            self.manager,
+            self.state,
+            self.blobs,
+            self.files,
+            self.tables,
+            warm_s=self.warm_s,
+            children=self.children,
+            child_grace_s=self.child_grace_s,
         )
         self.uploads = Uploads(self.manager, self.state, self.blobs, self.upload_limits)
         keep = await self.manager.recover()
@@ -171,6 +183,7 @@ class World:
     async def close(self) -> None:
         """Stop, as the server does."""
         await self.manager.close(self.stop_s)
+        await self.children.close()
         await self.blobs.close()
         await self.tables.close()
         await self.state.close()
@@ -181,6 +194,7 @@ class World:
         try:
             self.state.die()
             self.blobs.dead = True
+            await self.children.close()
             await self.tables.close()
             for timer in (*self.manager._alarms.values(), self.manager._due_timer):
                 if timer is not None:

@@ -1,0 +1,210 @@
+"""Kinds that run in a child process: as on the lane, and with nothing left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import states
+from jobs.kinds import Kind, load_kind
+from jobs.states import CANCELLED, FAILED, PAUSED, RUNNING, SUCCEEDED
+from jobs.warden import processes
+from tests.jobs.world import World, eventually
+
+KINDS = Path(__file__).with_name("child_kinds")
+
+
+def a_child(name: str) -> Kind:
+    """One of the kinds in child_kinds/."""
+    return load_kind(("file", str(KINDS / f"{name}.py")), name)
+
+
+def workers() -> list[int]:
+    """Processes below this one that run now, but the warden."""
+    all_of_them = processes()
+    mine = {os.getpid()}
+    found = []
+    for pid in sorted(all_of_them):
+        process = all_of_them[pid]
+        if process.parent in mine and process.state != "Z":
+            mine.add(pid)
+            if process.parent != os.getpid():
+                found.append(pid)
+    return found
+
+
+async def written(world: World, job_id: str) -> bytes:
+    """The bytes of the job's only file."""
+    job = await world.job(job_id)
+    assert job.result is not None and job.result.file is not None
+    (path,) = (world.folder / "uploads" / job.result.file).iterdir()
+    return path.read_bytes()
+
+
+EXPECTED = b"".join(b"%d\n" % n for n in range(300))
+
+
+async def test_it_runs_as_on_the_lane(tmp_path: Path) -> None:
+    """A child reads a file, writes an artefact, logs, and returns data, like any other."""
+    async with World(tmp_path, a_child("steps")) as world:
+        job = await world.until(await world.start("steps", {"steps": 300}), *states.FINAL)
+        assert job.state == SUCCEEDED, job.error
+        assert job.result is not None and job.result.data == {"steps": 300, "attempt": 1}
+        assert await written(world, job.id) == EXPECTED
+        lines = await world.manager.lines(job.id, job.owner, 0, 100)
+        assert [line for _, _, line in lines] == ["began at 0", "printed", "ended"]
+        assert (job.progress.done, job.progress.total) == (300, 300)
+        assert not workers()
+
+
+@pytest.mark.parametrize("warm_s", [30.0, 0.0])
+async def test_a_pause_holds_it_and_it_goes_on(tmp_path: Path, warm_s: float) -> None:
+    """A paused child is stopped, or gone when the pause is cold; the result is the same."""
+    async with World(tmp_path, a_child("steps"), warm_s=warm_s) as world:
+        job_id = await world.start("steps", {"steps": 300, "pause_s": 0.002})
+        for _ in range(3):
+            await world.until(job_id, RUNNING)
+            meter = world.runners._live[job_id].meter
+            before = meter.done
+            await eventually(lambda: meter.done > before, "progress")  # noqa: B023
+            await world.tell(job_id, "pause")
+            await world.until(job_id, PAUSED)
+            if warm_s:
+                table = processes()
+                assert {table[pid].state for pid in workers()} == {"T"}
+            else:
+                await eventually(lambda: not workers(), "the end of the child")
+            await world.tell(job_id, "resume")
+        job = await world.until(job_id, *states.FINAL)
+        assert job.state == SUCCEEDED, job.error
+        assert await written(world, job_id) == EXPECTED
+
+
+async def test_a_cancel_unwinds_it(tmp_path: Path) -> None:
+    """A cancelled child runs its ``finally``; no process and no file is left."""
+    async with World(tmp_path, a_child("steps")) as world:
+        job_id = await world.start("steps", {"steps": 10_000, "pause_s": 0.002})
+        await world.until(job_id, RUNNING)
+        await eventually(lambda: world.runners._live[job_id].meter.done > 0, "progress")
+        await world.tell(job_id, "cancel")
+        await world.until(job_id, CANCELLED)
+        assert not workers()
+        assert not world.unfinished() and not world.published()
+        assert not list((tmp_path / "work").iterdir())
+        lines = await world.manager.lines(job_id, "ann", 0, 100)
+        assert lines[-1][2] == "ended"
+
+
+async def test_a_stubborn_one_is_killed(tmp_path: Path) -> None:
+    """A child that reaches no checkpoint and ignores TERM is paused, and killed by a cancel."""
+    async with World(tmp_path, a_child("stubborn"), child_grace_s=0.2) as world:
+        job_id = await world.start("stubborn")
+        await world.until(job_id, RUNNING)
+        await eventually(lambda: len(workers()) >= 2, "its own child")
+        await world.tell(job_id, "pause")
+        await world.until(job_id, PAUSED)
+        table = processes()
+        assert {table[pid].state for pid in workers()} == {"T"}
+        await world.tell(job_id, "cancel")
+        await world.until(job_id, CANCELLED)
+        assert not workers()
+
+
+async def test_its_death_fails_the_job(tmp_path: Path) -> None:
+    """A child that is killed by somebody fails its job, with the signal's name."""
+    async with World(tmp_path, a_child("steps")) as world:
+        job_id = await world.start("steps", {"steps": 10_000, "pause_s": 0.002})
+        await world.until(job_id, RUNNING)
+        await eventually(lambda: world.runners._live[job_id].meter.done > 0, "progress")
+        os.kill(workers()[0], signal.SIGKILL)
+        job = await world.until(job_id, *states.FINAL)
+        assert job.state == FAILED and job.error is not None
+        assert "SIGKILL" in job.error["detail"]
+
+
+async def test_a_crash_goes_on_from_the_cursor(tmp_path: Path) -> None:
+    """After a crash of the service the job goes on from its cursor, and nothing of before runs."""
+    async with World(tmp_path, a_child("steps")) as world:
+        job_id = await world.start("steps", {"steps": 300, "pause_s": 0.002})
+        await world.until(job_id, RUNNING)
+        await eventually(lambda: world.runners._live[job_id].meter.done > 50, "progress")
+        await world.runners.save()
+        await world.restart()
+        job = await world.until(job_id, *states.FINAL)
+        assert job.state == SUCCEEDED, job.error
+        assert job.attempt == 2
+        assert await written(world, job_id) == EXPECTED
+        assert not workers()
+
+
+async def test_its_errors_are_told(tmp_path: Path) -> None:
+    """What a child raises fails the job with its code; its log has the trace of an exception."""
+    async with World(tmp_path, a_child("steps")) as world:
+        job = await world.until(
+            await world.start("steps", {"steps": 5, "fail": "code"}), *states.FINAL
+        )
+        assert job.error is not None and job.error["code"] == "invalid-data"
+        job = await world.until(
+            await world.start("steps", {"steps": 5, "fail": "bug"}), *states.FINAL
+        )
+        assert job.error is not None and job.error["code"] == "kind-failed"
+        lines = await world.manager.lines(job.id, job.owner, 0, 100)
+        assert any("ZeroDivisionError" in line for _, _, line in lines)
+        assert not world.unfinished() and not world.published()
+
+
+async def test_undo_runs_in_the_service(tmp_path: Path) -> None:
+    """What a child has written into its undo journal is undone, also after its death."""
+    async with World(tmp_path, a_child("undoing")) as world:
+        job_id = await world.start("undoing", {"path": str(tmp_path / "mark")})
+        await eventually((tmp_path / "mark").exists, "the effect")
+        os.kill(workers()[0], signal.SIGKILL)
+        await world.until(job_id, FAILED)
+        assert not (tmp_path / "mark").exists()
+
+
+async def test_a_service_that_is_killed_leaves_no_process(tmp_path: Path) -> None:
+    """After kill -9 of the service nothing of its children runs, whatever they did to hide."""
+    program = Path(__file__).with_name("killed_service.py")
+    reading, writing = os.pipe()
+    pid = os.posix_spawn(
+        sys.executable,
+        [sys.executable, str(program), str(tmp_path)],
+        os.environ | {"PYTHONPATH": str(Path.cwd())},
+        file_actions=[(os.POSIX_SPAWN_DUP2, writing, 1)],
+    )
+    os.close(writing)
+    with os.fdopen(reading) as told:
+        pids = [int(told.readline()) for _ in range(3)]
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    await eventually(lambda: not [p for p in pids if _runs(p)], "the end of all")
+
+
+def _runs(pid: int) -> bool:
+    process: Any = processes().get(pid)
+    return process is not None and process.state != "Z"
+
+
+async def test_a_dead_warden_takes_all_along(tmp_path: Path, caplog: Any) -> None:
+    """If the warden is killed, its children die, their jobs fail, and the next job runs again."""
+    async with World(tmp_path, a_child("steps")) as world:
+        job_id = await world.start("steps", {"steps": 10_000, "pause_s": 0.002})
+        await world.until(job_id, RUNNING)
+        await eventually(lambda: world.runners._live[job_id].meter.done > 0, "progress")
+        warden = world.children._warden
+        assert warden is not None
+        os.kill(warden.pid, signal.SIGKILL)
+        await world.until(job_id, FAILED)
+        await eventually(lambda: not workers(), "the end of the child")
+        assert "warden" in caplog.text
+        caplog.clear()
+        job = await world.until(await world.start("steps", {"steps": 3}), *states.FINAL)
+        assert job.state == SUCCEEDED
+        await asyncio.sleep(0)
