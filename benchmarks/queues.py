@@ -20,22 +20,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 from typing import Any
 
-import msgspec
-
 from benchmarks.common import ROOT, ROUNDS, Report, at_least, main, place
-from jobs.children import Children
-from jobs.files import Files, now_ms
-from jobs.kinds import Registry, kind_of
-from jobs.manager import Limits, Manager
-from jobs.runners import Runners
-from jobs.states import SUCCEEDED
-from storage import By
-from storage.blobs_local import LocalBlobs
-from storage.state_sqlite import SqliteState
-from storage.tables import Tables
+from benchmarks.domain import Nothing, a_kind, domain
+from jobs.manager import Limits
 
 _DISK = ROOT / "test-output"
 _PEERS = {"arq": 1500, "SAQ": 4000, "RQ": 300}  # jobs in a round: one or two seconds
@@ -130,47 +119,23 @@ def _line(end: subprocess.Popen[str]) -> str:
 # Ours
 
 
-class Nothing(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """No parameters."""
-
-
 async def nothing(_: Any, __: Nothing) -> None:
     """The job."""
 
 
 async def _ours_per_s(folder: Path) -> float:
-    blobs, state = LocalBlobs(folder), SqliteState(folder / "state.db")
-    await blobs.open()
-    boot = await state.open()
-    tables = Tables(folder / "tables.db")
-    kind = kind_of(SimpleNamespace(KIND="nothing", TITLE="Nothing", Params=Nothing, run=nothing))
-    manager = Manager(state, Registry([kind]), boot, Limits(slots=_WIDTH, max_queued=2 * _OURS))
-    files, children = Files(state, blobs), Children(folder)
-    Runners(manager, state, blobs, files, tables, warm_s=30.0, children=children)
-    await manager.recover()
-    manager.open()
-    begin = time.perf_counter()
-    await _start(manager)
-    seq = boot.seq
-    while (await state.counts(None)).get(SUCCEEDED, 0) < _OURS:
-        seq = await state.wait(seq)
-    taken = time.perf_counter() - begin
-    await manager.close(1.0)
-    await blobs.close()
-    await tables.close()
-    await state.close()
-    return _OURS / taken
+    limits = Limits(slots=_WIDTH, max_queued=2 * _OURS)
+    async with domain(folder, limits, a_kind("nothing", nothing)) as ours:
+        left = iter(range(_OURS))
 
+        async def start() -> None:
+            for _ in left:
+                await ours.start("nothing")
 
-async def _start(manager: Manager) -> None:
-    left = iter(range(_OURS))
-
-    async def work() -> None:
-        for _ in left:
-            by = By(actor="local", via="rest", at=now_ms())
-            await manager.start("nothing", {}, owner="local", by=by)
-
-    await asyncio.gather(*(work() for _ in range(_STARTING)))
+        begin = time.perf_counter()
+        await asyncio.gather(*(start() for _ in range(_STARTING)))
+        await ours.ended(_OURS)
+        return _OURS / (time.perf_counter() - begin)
 
 
 def measure() -> Report:

@@ -23,7 +23,7 @@ from benchmarks.common import FOLDER, GIB, ROOT, ROUNDS, SIZE, Report
 
 NAMES = (
     *("upload", "tus", "many", "stalled", "download", "readers"),
-    *("latency", "control", "memory", "jobs", "queues", "channel", "connections"),
+    *("latency", "control", "memory", "jobs", "queues", "checkpoint", "channel", "connections"),
 )
 _PAGE = ROOT / "docs" / "benchmarks.md"
 
