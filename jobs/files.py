@@ -13,13 +13,14 @@ import mimetypes
 import os
 import time
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from zlib import crc32
 
 import msgspec
 
 from errors import SluiceError
+from jobs.kinds import Check
 from jobs.zips import PLAIN, ZIP, Zips
 from storage import Blobs, File, Page, Reader, State
 
@@ -107,6 +108,12 @@ class Files:
         if file.layout == ZIP:
             return await self._zips.reader(file)
         return await self._blobs.reader(file.id, file.name)
+
+    async def checks(self, file: File, skip: int, limit: int) -> Sequence[Check]:
+        """The members of an archive behind the first few, with where they lie in its bytes."""
+        if file.layout != ZIP:
+            return []
+        return await self._zips.checks(file, skip, limit)
 
     async def digested(self, file: File, *, asked: bool) -> File:
         """The file with its digests, if they can be told soon.

@@ -29,7 +29,7 @@ import msgspec
 from errors import SluiceError
 from jobs.children import Child, Children, Limits
 from jobs.files import Files, clean_name, media_type_of, now_ms, uuid7
-from jobs.kinds import JobCancelled, JobPaused, Kind
+from jobs.kinds import Check, JobCancelled, JobPaused, Kind
 from jobs.manager import Glance, Grown, Manager
 from jobs.programs import Program, artifact_handler, pipe_to
 from jobs.progress import Meter
@@ -111,6 +111,19 @@ class _Files:
 
     async def reader(self, file_id: str) -> Reader:
         return await self._files.reader(await self._files.get(file_id, self._owner))
+
+    async def list(self, below: int | None, limit: int) -> Sequence[File]:
+        return (await self._files.list(self._owner, None, below, limit)).items
+
+    async def stored(self) -> tuple[int, int]:
+        return await self._files.stored(self._owner)
+
+    async def checks(self, file_id: str, skip: int, limit: int) -> Sequence[Check]:
+        return await self._files.checks(await self._files.get(file_id, self._owner), skip, limit)
+
+    async def keep_digests(self, file_id: str, digests: Mapping[str, str]) -> None:
+        await self._files.get(file_id, self._owner)
+        await self._files.keep_digests({file_id: digests})
 
 
 class _Artifact:

@@ -32,6 +32,7 @@ from typing import Final
 import msgspec
 
 from errors import SluiceError
+from jobs.kinds import Check
 from storage import Blobs, Bundle, File, Reader
 
 CRC: Final = "crc-32"  # as it is called among the digests of a file
@@ -193,6 +194,15 @@ class Layout:
             n = bisect_right(self._records, at) - 1
             return self._central(n)[at - self._records[n] :], None, 0
         return self._end()[at - self._directory_bytes :], None, 0
+
+    def checks(self, skip: int, limit: int) -> list[Check]:
+        """The CRC-32s of some members, and where their bytes lie in the zip."""
+        found = []
+        for n, member in enumerate(self.members[skip : skip + limit], skip):
+            assert member.crc32 is not None
+            start = self._starts[n] + len(self._local(n))
+            found.append(Check(member.name, start, member.bytes, member.crc32))
+        return found
 
     def _local(self, n: int) -> bytes:
         """The local header of a member, with its name and extra fields."""
@@ -362,14 +372,22 @@ class Zips:
         """Read an archive; it is readable to its end even if it is deleted meanwhile."""
         bundle = await self._blobs.bundle(file.id)
         try:
-            layout = self._layouts.pop(file.id, None) or await self._load(file)
+            layout = await self._layout(file)
         except BaseException:
             await bundle.close()
             raise
+        return ZipReader(layout, bundle)
+
+    async def checks(self, file: File, skip: int, limit: int) -> list[Check]:
+        """Some members' CRC-32s, and where their bytes lie in the archive."""
+        return (await self._layout(file)).checks(skip, limit)
+
+    async def _layout(self, file: File) -> Layout:
+        layout = self._layouts.pop(file.id, None) or await self._load(file)
         self._layouts[file.id] = layout
         if len(self._layouts) > _LAYOUTS:
             del self._layouts[next(iter(self._layouts))]
-        return ZipReader(layout, bundle)
+        return layout
 
     async def _load(self, file: File) -> Layout:
         manifest = await self._blobs.reader(file.id, file.name)

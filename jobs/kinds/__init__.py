@@ -116,6 +116,25 @@ class FileInfo(Protocol):
         """What it was said to be when it was stored."""
         ...
 
+    @property
+    def h(self) -> int:
+        """Its number: a file that was stored later has a higher one."""
+        ...
+
+    @property
+    def digest(self) -> Mapping[str, str]:
+        """The digests that were recorded with it, in hex: sha-256, crc-32 …; there may be none."""
+        ...
+
+
+class Check(NamedTuple):
+    """A part of a file whose CRC-32 was recorded: a member of an archive."""
+
+    name: str
+    start: int
+    bytes: int
+    crc32: int
+
 
 class FileAccess(Protocol):
     """The stored files of the job's owner."""
@@ -126,6 +145,22 @@ class FileAccess(Protocol):
 
     async def reader(self, file_id: str) -> FileReader:
         """Open a file; it stays readable even if it is deleted meanwhile."""
+        ...
+
+    async def list(self, below: int | None, limit: int) -> Sequence[FileInfo]:
+        """Files with numbers below that, the newest first."""
+        ...
+
+    async def stored(self) -> tuple[int, int]:
+        """How many files there are, and how many bytes in all."""
+        ...
+
+    async def checks(self, file_id: str, skip: int, limit: int) -> Sequence[Check]:
+        """The parts of a file that have a CRC-32 of their own, in order, behind the first few."""
+        ...
+
+    async def keep_digests(self, file_id: str, digests: Mapping[str, str]) -> None:
+        """Record digests (hex, by algorithm) with a file; one that it has already stays."""
         ...
 
 

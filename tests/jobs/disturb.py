@@ -42,19 +42,19 @@ async def disturbed(world: World, job_id: str, trap: Trap, how: How) -> Job:
     ending = asyncio.ensure_future(world.until(job_id, "succeeded", "failed", "cancelled"))
     springing = asyncio.ensure_future(trap.sprung.wait())
     await asyncio.wait([ending, springing], return_when=asyncio.FIRST_COMPLETED)
+    if trap.sprung.is_set() and how == "kill":
+        await world.restart()
     while left := [task for task in (ending, springing) if not task.done()]:
         for task in left:  # again: wait_for of Python 3.11 may swallow a cancellation
             task.cancel()
         await asyncio.wait(left, timeout=0.05)
-    if trap.sprung.is_set():
-        if how == "kill":
-            await world.restart()
-        elif how != "cancel":
-            job = await world.until(job_id, "paused", "succeeded", "failed")
-            if job.state == "paused":
-                if how == "cold":
-                    await eventually(lambda: job_id not in world.runners._live, "it is cold")
-                await world.tell(job_id, "resume")
+    await asyncio.gather(ending, springing, return_exceptions=True)
+    if trap.sprung.is_set() and how in ("warm", "cold"):
+        job = await world.until(job_id, "paused", "succeeded", "failed")
+        if job.state == "paused":
+            if how == "cold":
+                await eventually(lambda: job_id not in world.runners._live, "it is cold")
+            await world.tell(job_id, "resume")
     return await world.until(job_id, "succeeded", "failed", "cancelled")
 
 
