@@ -38,6 +38,7 @@ STARTS = 1000  # in a list
 _JOBS = 500  # in a list
 _PAGE = 100  # of a filter
 _AT_ONCE = 25  # one commit; more would be no faster, and hold the loop longer
+_STARTS_AT_ONCE = 50  # likewise
 _FAILED = 100  # that are named
 
 
@@ -485,8 +486,8 @@ class _Order:
             kept = msgspec.json.decode(used.job, type=_Started)
             return self._told_starts([_item(item) for item in kept.items], replayed=True)
         items: list[Job | str | SluiceError] = []
-        for at in range(0, len(starts), _AT_ONCE):
-            some = starts[at : at + _AT_ONCE]
+        for at in range(0, len(starts), _STARTS_AT_ONCE):
+            some = starts[at : at + _STARTS_AT_ONCE]
             items += await asyncio.gather(
                 *(self._try_start(asked, at + i) for i, asked in enumerate(some))
             )
