@@ -717,6 +717,11 @@ class Feeds:
         self.tabs: dict[tuple[str, str], Shell] = {}  # by owner and name
         self.followers: set[Feed] = set()  # of logs
 
+    @property
+    def all(self) -> int:
+        """How many there are."""
+        return len(self._bucket_of)
+
     def of(self, owner: str) -> int:
         """How many an owner has."""
         return self._owners[owner]

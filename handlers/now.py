@@ -6,6 +6,8 @@ import asyncio
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+from jobs.measures import LAGS_S, Histogram
+
 if TYPE_CHECKING:
     from handlers.base import Services
 
@@ -19,6 +21,7 @@ class Now:
         self._in_per_s = 0.0
         self._out_per_s = 0.0
         self._lag_ms = 0.0
+        self.lags = Histogram(LAGS_S)
 
     async def run(self, services: Services) -> None:
         """Sample until cancelled."""
@@ -30,6 +33,7 @@ class Now:
             taken_now, sent_now = services.uploads.received_bytes, services.downloads.sent_bytes
             self._in_per_s = 0.5 * self._in_per_s + 0.5 * (taken_now - taken) / passed_s
             self._out_per_s = 0.5 * self._out_per_s + 0.5 * (sent_now - sent) / passed_s
+            self.lags.add(lag_s)
             self._lag_ms = 0.8 * self._lag_ms + 0.2 * lag_s * 1000
             at, taken, sent = now, taken_now, sent_now
 

@@ -9,6 +9,8 @@ from tornado.web import HTTPError, StaticFileHandler
 from errors import CATALOGUE, SluiceError
 from handlers.base import SECURITY_HEADERS, BaseHandler, Services, WithOptions
 
+_SLOW_KINDS = 10  # that status names
+
 _PAGE_POLICY = (
     "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'self';"
     " frame-ancestors 'none'"
@@ -42,9 +44,17 @@ class StatusHandler(BaseHandler):
     """The numbers of now."""
 
     async def get(self) -> None:
-        """What moves, what waits, what is free."""
+        """What moves, what waits, what is free, and which kinds have held the loop."""
+        services = self.services
+        slow = services.manager.measures.slow_steps.items()
+        worst = sorted(slow, key=lambda found: found[1].worst_s, reverse=True)[:_SLOW_KINDS]
+        row = await services.now.row(services, self.caller.owner)
+        row["slow_steps"] = [
+            {"kind": kind, "n": steps.n, "worst_ms": round(steps.worst_s * 1e3, 1)}
+            for kind, steps in worst
+        ]
         self.set_header("Cache-Control", "no-store")
-        self.reply(await self.services.now.row(self.services, self.caller.owner))
+        self.reply(row)
 
 
 class ErrorPageHandler(BaseHandler):

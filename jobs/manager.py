@@ -22,6 +22,7 @@ from errors import SluiceError
 from jobs import states
 from jobs.files import now_ms, uuid7
 from jobs.kinds import Registry
+from jobs.measures import Measures
 from jobs.rows import job_row
 from jobs.states import Effect, Facts, Input
 from storage import (
@@ -170,6 +171,7 @@ class Manager:
     def __init__(self, state: State, kinds: Registry, boot: Boot, limits: Limits) -> None:
         self.kinds = kinds
         self.limits = limits
+        self.measures = Measures()
         self._state = state
         self._boot = boot
         self._drivers: dict[str, Driver] = {}
@@ -440,6 +442,10 @@ class Manager:
         """How many jobs are in each state."""
         return await self._state.counts(owner)
 
+    async def tally(self) -> list[tuple[str, str, int]]:
+        """How many jobs of all owners there are of each kind in each state."""
+        return await self._state.tally()
+
     def row(self, job: Job) -> dict[str, Any]:
         """A job as clients see it, with its parameters."""
         return self._row(job, self._driver(job).glance(job)) | {"params": job.params}
@@ -485,6 +491,11 @@ class Manager:
     def running(self) -> int:
         """Slots in use."""
         return len(self._slots)
+
+    @property
+    def waiting(self) -> int:
+        """Callers that wait for a job (see ``until``)."""
+        return len(self._waits)
 
     # For drivers
 
@@ -780,6 +791,7 @@ class Manager:
             self._active.pop(job.id, None)
         else:
             self._active[job.id] = job
+        self.measures.moved(job)
         for news in self._news.get(job.id, ()):
             news(job)
         if job.deadline_at is None and (alarm := self._alarms.pop(job.id, None)):

@@ -432,6 +432,7 @@ class Process:
     def _watch_step(self) -> None:
         step_s = perf_counter() - self._resumed
         if step_s > _SLOW_STEP_S:
+            self._runners.manager.measures.held(self._kind.name, step_s)
             log.warning(
                 "job %s (%s) held the loop for %.0f ms", self.job_id, self._kind.name, step_s * 1e3
             )

@@ -329,6 +329,10 @@ class Jobs(Protocol):
         """How many jobs there are in each state."""
         ...
 
+    async def tally(self) -> list[tuple[str, str, int]]:
+        """How many jobs there are of each kind in each state (kind, state, n), those with any."""
+        ...
+
     async def due(self, now: int) -> tuple[list[Job], int | None]:
         """Scheduled jobs whose time has come, and when the next one's comes."""
         ...

@@ -657,6 +657,12 @@ class SqliteState:
         )
         return {state: n for state, n in rows if n}
 
+    async def tally(self) -> list[tuple[str, str, int]]:
+        """See the contract. Kept by triggers, as ``counts``."""
+        return self._con.execute(
+            "SELECT kind, state, sum(n) FROM counts GROUP BY kind, state HAVING sum(n) > 0"
+        ).fetchall()
+
     async def due(self, now: int) -> tuple[list[Job], int | None]:
         """See the contract."""
         rows = self._con.execute(

@@ -23,7 +23,7 @@ def test_the_numbers_of_now(caller: Caller, name: str) -> None:
     before = caller.get("/v1/status").json
     assert set(before) == {
         *("in_bytes_per_s", "out_bytes_per_s", "running", "slots", "queued"),
-        *("free_bytes", "loop_lag_ms", "files", "stored_bytes"),
+        *("free_bytes", "loop_lag_ms", "files", "stored_bytes", "slow_steps"),
     }
     caller.block(name, 0, bytes(3 << 20), "&is_complete=1")
     job = caller.get(f"/{name}/process/").json
