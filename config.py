@@ -555,10 +555,12 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> _Parser:
     parser = _Parser(
         prog="python server.py",
-        usage="python server.py [--OPTION VALUE]...\n       python server.py add FILE...",
+        usage="python server.py [--OPTION VALUE]...\n       python server.py add FILE...\n"
+        "       python server.py check KIND [PARAMS-JSON] [FILE...]",
         description="Sluice: big uploads, big downloads and long processes\n"
         "that can be paused, resumed, cancelled and watched while they run.",
-        epilog="add FILE... publishes files that are already on this machine, then exits.\n\n"
+        epilog="add FILE... publishes files that are already on this machine, then exits.\n"
+        "check KIND pauses, kills and cancels a kind of process at every point; check --help.\n\n"
         "Each option can also be set by the environment (--max-queued: SLUICE_MAX_QUEUED)\n"
         "or in the TOML file (max_queued = 500); the command line wins, then the environment.\n"
         "Sizes take KiB, MiB, GiB, TiB, kB, MB, GB, TB; times take ms, s, m, h, d.",

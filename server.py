@@ -5,6 +5,7 @@ else reads the configuration or opens a backend; all other modules get plain val
 
     python server.py --port 8888 --data ./data
     python server.py add FILE...
+    python server.py check KIND [PARAMS-JSON] [FILE...]
 
 One process, one thread, one loop.
 """
@@ -22,12 +23,13 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote, urlsplit
 
+import msgspec
 from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
 from tornado.web import Application
@@ -47,9 +49,11 @@ from jobs.downloads import Downloads
 from jobs.events import Hub
 from jobs.files import Files
 from jobs.growing import Growing
+from jobs.harness import Misused, examine, parse
 from jobs.kinds import Registry
 from jobs.manager import Limits, Manager
 from jobs.runners import Runners
+from jobs.trial import Ground
 from jobs.uploads import Limits as UploadLimits
 from jobs.uploads import Uploads
 from storage import Blobs, State, open_blobs, open_state
@@ -74,6 +78,7 @@ class Parts:
     blobs: Blobs
     tables: Tables
     services: Services
+    runners: Runners
 
 
 def lock_folder(folder: Path) -> IO[str]:
@@ -102,8 +107,8 @@ def note_owner(lock: IO[str], url: str) -> None:
 
 
 @asynccontextmanager
-async def assembled(config: Config) -> AsyncIterator[Parts]:
-    """The parts of the service, opened; closed at the end."""
+async def assembled(config: Config, kinds: Registry | None = None) -> AsyncIterator[Parts]:
+    """The parts of the service, opened; closed at the end. ``kinds`` instead of all there are."""
     folder = config.data.resolve()
     blobs = open_blobs(f"file://{folder}", config.durability)
     await blobs.open()
@@ -112,7 +117,7 @@ async def assembled(config: Config) -> AsyncIterator[Parts]:
     tables = Tables(folder / "tables.db")
     manager = Manager(
         state,
-        Registry.load(config.kinds),
+        Registry.load(config.kinds) if kinds is None else kinds,
         boot,
         Limits(
             slots=config.slots,
@@ -124,7 +129,7 @@ async def assembled(config: Config) -> AsyncIterator[Parts]:
     )
     files = Files(state, blobs)
     children = Children(folder)
-    Runners(
+    runners = Runners(
         manager,
         state,
         blobs,
@@ -181,7 +186,7 @@ async def assembled(config: Config) -> AsyncIterator[Parts]:
     )
     try:
         await children.open()
-        yield Parts(state, blobs, tables, services)
+        yield Parts(state, blobs, tables, services, runners)
     finally:
         await children.close()
         await blobs.close()
@@ -340,6 +345,29 @@ def run_add(config: Config, names: Sequence[str]) -> None:
         asyncio.run(add_here(config, paths))
 
 
+@asynccontextmanager
+async def trial_ground(
+    config: Config, folder: Path, kinds: Registry, warm_s: float
+) -> AsyncIterator[Ground]:
+    """The service on a folder of a trial (see jobs.trial)."""
+    here = replace(config, data=folder, warm_s=warm_s, durability="never")
+    async with assembled(here, kinds) as parts:
+        await recover(parts)
+        services = parts.services
+        try:
+            yield Ground(services.manager, parts.runners, services.uploads, services.files)
+        finally:
+            await services.manager.close(_CLOSING_S)
+
+
+def run_check(config: Config, words: Sequence[str]) -> int:
+    """``server.py check KIND``: try a kind; 1 if a disturbance changes what comes of it."""
+    ask = parse(words)
+    report = examine(ask, partial(trial_ground, config), config.kinds)
+    print(msgspec.json.encode(report).decode() if ask.json else report.text())
+    return 0 if report.ok else 1
+
+
 def set_up(config: Config) -> None:
     """Process-wide things: log, file descriptors."""
     logging.basicConfig(
@@ -352,12 +380,12 @@ def set_up(config: Config) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def split_add(argv: Sequence[str]) -> tuple[list[str], list[str] | None]:
-    """The options, and the files behind ``add`` if it is there."""
-    if "add" not in argv:
-        return list(argv), None
-    at = list(argv).index("add")
-    return list(argv[:at]), list(argv[at + 1 :])
+def split(argv: Sequence[str]) -> tuple[list[str], str, list[str]]:
+    """The options, the command if there is one, and what follows it."""
+    for at, word in enumerate(argv):
+        if word in ("add", "check"):
+            return list(argv[:at]), word, list(argv[at + 1 :])
+    return list(argv), "", []
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -366,16 +394,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("sluice: needs Linux and Python 3.11 or newer", file=sys.stderr)
         return 1
     try:
-        options, added = split_add(sys.argv[1:] if argv is None else argv)
+        options, command, words = split(sys.argv[1:] if argv is None else argv)
         config = load(options, os.environ)
         set_up(config)
-        if added is not None:
-            run_add(config, added)
+        if command == "add":
+            run_add(config, words)
             return 0
+        if command == "check":
+            return run_check(config, words)
         with lock_folder(config.data) as lock:
             asyncio.run(serve(config, lock))
         return 0
-    except ConfigError as error:
+    except (ConfigError, Misused) as error:
         print(f"sluice: {error}", file=sys.stderr)
         return 2
     except (CannotStart, SluiceError) as error:

@@ -537,17 +537,18 @@ def load_kind(source: Source, name: str) -> Kind:
     if where == "package":
         kind = kind_of(importlib.import_module(f"{__name__}.{at}"))
     else:
-        kind = _kind_in(Path(at))
+        kind = kind_in(Path(at))
     if kind.name != name:
         raise NoKind(f"KIND is {kind.name!r}; it must be {name!r}")
     return kind
 
 
-def _kind_in(path: Path) -> Kind:
-    """Run a file as a module of its folder, which is a package of a name that nobody else has.
+def kind_in(path: Path) -> Kind:
+    """Import the kind in a file. Raises NoKind, and whatever the file raises.
 
+    It runs as a module of its folder, which is a package of a name that nobody else has.
     ``sys.modules`` keeps both, since msgspec looks there for the types of annotations;
-    ``sys.path`` stays as it is. A module that fails leaves nothing.
+    ``sys.path`` stays as it is. A module that fails leaves nothing there.
     """
     folder = path.parent.resolve()
     package = f"kinds_{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}"
@@ -628,7 +629,7 @@ class Registry:
         problems = []
         for file in dict.fromkeys(file for path in paths for file in _files(path)):
             try:
-                kind = _kind_in(file)
+                kind = kind_in(file)
                 if kind.name in kinds:
                     raise NoKind(f"KIND is {kind.name!r}; that name is taken")
                 kinds[kind.name] = kind
