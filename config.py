@@ -214,6 +214,20 @@ def _json_object() -> Rule:
     return Rule(read, "a JSON object", json.dumps, how_written, (dict,), metavar="JSON")
 
 
+def _numbers(low: int, high: int) -> Rule:
+    def read(raw: str | dict[str, object]) -> dict[str, int]:
+        value = json.loads(raw) if isinstance(raw, str) else raw
+        if not isinstance(value, dict):
+            raise ValueError
+        numbers = {name: n for name, n in value.items() if type(n) is int and low <= n <= high}
+        if len(numbers) < len(value):
+            raise ValueError
+        return numbers
+
+    allowed = f"a JSON object of whole numbers from {low} to {high}"
+    return Rule(read, allowed, json.dumps, "in a file: a table", (dict,), metavar="JSON")
+
+
 def _within(value: N, low: N, high: N) -> N:
     if not low <= value <= high:
         raise ValueError
@@ -271,6 +285,20 @@ class Config:
         default=8,
         metadata=_about(
             _whole(1, 1024, "processes"), "processes that run at once; more of them wait"
+        ),
+    )
+    owner_slots: int = field(
+        default=0,
+        metadata=_about(
+            _whole(0, 1024, "processes"), "processes of one owner that run at once; 0 is no limit"
+        ),
+    )
+    kind_limits: Mapping[str, int] = field(
+        default_factory=dict,
+        metadata=_about(
+            _numbers(1, 1024),
+            'processes of a kind that run at once, as {"fetch": 2}, before what the kind says '
+            "itself",
         ),
     )
     max_upload_bytes: int = field(
@@ -412,6 +440,13 @@ class Config:
         default=10_000,
         metadata=_about(
             _whole(1, 10_000_000, "jobs"), "jobs that may wait; one more is refused with 429"
+        ),
+    )
+    owner_queued: int = field(
+        default=0,
+        metadata=_about(
+            _whole(0, 10_000_000, "jobs"),
+            "jobs of one owner that may wait, within max_queued; 0 is no limit of their own",
         ),
     )
     max_sockets: int = field(

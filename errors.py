@@ -146,6 +146,20 @@ CATALOGUE: dict[str, Entry] = {
     "disk-full": Entry(507, "The disk is full", True, "Free space, then go on."),
     # How a job can end
     "kind-failed": Entry(500, "The process failed", True, "See the detail, then retry."),
+    "crash-loop": Entry(
+        500,
+        "The server died too often while it ran",
+        False,
+        "Look at the server's log, then retry.",
+    ),
+    "timeout": Entry(500, "It ran for longer than it may", False, "Retry with less to do."),
+    "stalled": Entry(500, "It showed no sign of life for too long", True, "Retry it."),
+    "parent-failed": Entry(
+        409,
+        "A job that it was to follow has not succeeded",
+        False,
+        "Retry that job, then this one.",
+    ),
     "cursor-incompatible": Entry(
         500, "The saved position is of another version", False, "Retry from the start."
     ),

@@ -124,6 +124,9 @@ async def assembled(config: Config, kinds: Registry | None = None) -> AsyncItera
             warn_s=config.warn_s,
             grace_s=config.grace_s,
             max_queued=config.max_queued,
+            owner_queued=config.owner_queued,
+            owner_slots=config.owner_slots,
+            kind_limits=config.kind_limits,
             keep_jobs_s=config.keep_jobs_s,
         ),
     )

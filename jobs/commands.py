@@ -18,7 +18,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from datetime import datetime
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -42,6 +42,9 @@ _STARTS_AT_ONCE = 50  # likewise
 _FAILED = 100  # that are named
 
 
+_JobId = Annotated[str, Meta(min_length=1, max_length=64)]
+
+
 class StartRequest(msgspec.Struct, forbid_unknown_fields=True):
     """What a start says, through whichever door."""
 
@@ -50,6 +53,8 @@ class StartRequest(msgspec.Struct, forbid_unknown_fields=True):
     name: Annotated[str, Meta(min_length=1, max_length=200)] | None = None
     priority: Annotated[int, Meta(ge=0, le=9)] = 5
     not_before: datetime | None = None
+    after: Annotated[list[_JobId], Meta(max_length=100)] = []
+    on: Literal["success", "any"] = "success"
 
     def not_before_ms(self) -> int | None:
         """``not_before`` in milliseconds since 1970. Raises invalid-field."""
@@ -84,6 +89,8 @@ async def start(
         name=asked.name,
         priority=asked.priority,
         not_before=not_before,
+        after=asked.after,
+        on=asked.on,
         key=key,
     )
     return job

@@ -13,7 +13,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import unicodedata
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
@@ -57,6 +58,7 @@ _AGAIN_S = 1.0  # before a report that could not be committed is tried again
 
 _NAME_CHARS = 200
 _PRIORITY = 9  # the highest
+_WAITING = frozenset({states.QUEUED, states.SCHEDULED})
 _LIMIT_LOW, _LIMIT_HIGH = 1 << 10, 1 << 40  # bytes_per_s
 
 
@@ -162,6 +164,9 @@ class Limits(NamedTuple):
     warn_s: float = 10.0
     grace_s: float = 30.0
     max_queued: int = 10_000
+    owner_queued: int = 0  # 0: no limit but that of all owners together
+    owner_slots: int = 0  # 0: as many as there are
+    kind_limits: Mapping[str, int] = {}  # before what the kinds say themselves
     keep_jobs_s: float = 30 * 86_400.0
 
 
@@ -176,11 +181,14 @@ class Manager:
         self._boot = boot
         self._drivers: dict[str, Driver] = {}
         self._active: dict[str, Job] = {}  # running to cancelling, as last committed
-        self._slots: set[str] = set()
+        self._slots: dict[str, Job] = {}
+        self._waiting: Counter[str] = Counter()  # by owner: jobs that are queued or scheduled
+        self._total_waiting = 0
+        self._chained = False  # a job has waited for another one
+        self._limits_of: dict[str, int] = {}  # how many of a kind may run, where that is limited
         self._alarms: dict[str, asyncio.TimerHandle] = {}
         self._rollbacks: dict[str, asyncio.Task[None]] = {}
         self._waits: set[asyncio.Future[Job | None]] = set()
-        self._creating = 0  # jobs that will wait in the queue, and are not committed so far
         self._news: dict[str, set[News]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._claiming: asyncio.Task[None] | None = None
@@ -217,24 +225,91 @@ class Manager:
         not_before: int | None = None,
         live_name: bool = False,
         retry_of: str | None = None,
+        after: Sequence[str] = (),
+        on: str = "success",
         key: Key | None = None,
     ) -> tuple[Job, bool]:
         """Create a job of a process kind with checked ``params``; it starts when a slot is free.
 
-        With ``live_name`` the name is unique among the owner's live jobs: a live one is returned
-        instead, with False. Raises unknown-kind, queue-full, stopping, and Spent for a key that
-        was used, as all that take one.
+        It waits for the jobs ``after``: until all have succeeded, or (``on="any"``) ended. If it
+        must not start any more, it is cancelled. With ``live_name`` the name is unique among the
+        owner's live jobs: a live one is returned instead, with False. Raises unknown-kind,
+        queue-full, stopping, invalid-field for a job in ``after`` that is not there, and Spent for
+        a key that was used, as all that take one.
         """
+        job = self._new(
+            kind,
+            params,
+            owner=owner,
+            client=client,
+            name=name,
+            priority=priority,
+            not_before=not_before,
+            retry_of=retry_of,
+        )
+        if after:
+            job = await self._behind(job, after, on)
+        self._reserve(owner)
+        created = False
+        try:
+            job, created = await self._create(job, by, name if live_name else None, key)
+        finally:
+            if not created:
+                self._count(owner, -1)
+        if created and job.blocked:  # what it waits for may have ended
+            await self._look_after(job.id)
+            job = await self._state.get(job.id) or job
+        return job, created
+
+    async def _behind(self, job: Job, after: Sequence[str], on: str) -> Job:
+        """The job, waiting for others unless all have ended as they must. Raises invalid-field."""
+        after = tuple(dict.fromkeys(after))
+        found = await self._state.states(after, job.owner)
+        if unknown := [parent for parent in after if parent not in found]:
+            raise SluiceError(
+                "invalid-field", f"There is no job with the id {unknown[0][:64]!r}.", field="after"
+            )
+        fine = states.FINAL if on == "any" else {states.SUCCEEDED}
+        blocked = any(state not in fine for state in found.values())
+        return msgspec.structs.replace(job, after=after, on=on, blocked=blocked)
+
+    def _reserve(self, owner: str) -> None:
+        """Take a place in the queue before the job is made. Raises queue-full."""
+        most, mine = self.limits.max_queued, self.limits.owner_queued
+        if self._total_waiting >= most:
+            raise SluiceError(
+                "queue-full", f"{self._total_waiting} jobs are waiting.", retry_after_s=5
+            )
+        if mine and self._waiting[owner] >= mine:
+            raise SluiceError("queue-full", f"{mine} of your jobs are waiting.", retry_after_s=5)
+        self._count(owner, 1)
+
+    def _count(self, owner: str, n: int) -> None:
+        """So many more of an owner's jobs wait now."""
+        self._total_waiting += n
+        self._waiting[owner] += n
+        if not self._waiting[owner]:
+            del self._waiting[owner]
+
+    def _new(
+        self,
+        kind: str,
+        params: dict[str, Any],
+        *,
+        owner: str,
+        client: str,
+        name: str | None,
+        priority: int = 5,
+        not_before: int | None = None,
+        retry_of: str | None = None,
+    ) -> Job:
+        """The row of a process that was not made so far. Raises unknown-kind."""
         self._check_startable(kind)
         if self.kinds.get(kind) is None:
             self.kinds.parse(kind, params)
-        counts = await self._state.counts(None)
-        waiting = counts.get(states.QUEUED, 0) + counts.get(states.SCHEDULED, 0)
-        if waiting + self._creating >= self.limits.max_queued:
-            raise SluiceError("queue-full", f"{waiting} jobs are waiting.", retry_after_s=5)
         now = now_ms()
         job_id = uuid7()
-        job = Job(
+        return Job(
             id=job_id,
             kind=kind,
             name=name or f"{kind} {job_id[-6:]}",
@@ -248,11 +323,6 @@ class Manager:
             retry_of=retry_of,
             progress=Progress(unit=self.unit(kind)),
         )
-        self._creating += 1  # so that many that come at once are counted, too
-        try:
-            return await self._create(job, by, name if live_name else None, key)
-        finally:
-            self._creating -= 1
 
     async def begin(
         self,
@@ -454,8 +524,19 @@ class Manager:
         """``row``, with the place in the queue of a job that waits."""
         row = self.row(job)
         if job.state == states.QUEUED:
-            row["waiting"]["position"] = await self._state.ahead(job) + 1
+            waiting = row["waiting"]
+            waiting["position"] = await self._state.ahead(job) + 1
+            if self._is_full(job):
+                waiting["why"] = "limit"
         return row
+
+    def _is_full(self, job: Job) -> bool:
+        """As many of its kind or of its owner run as may."""
+        held = self._slots.values()
+        most, mine = self._limits_of.get(job.kind), self.limits.owner_slots
+        if most is not None and sum(other.kind == job.kind for other in held) >= most:
+            return True
+        return mine > 0 and sum(other.owner == job.owner for other in held) >= mine
 
     def grown(self, job: Job, name: str | None) -> Grown | None:
         """A file that the job makes, as far as it has come (see Driver).
@@ -616,6 +697,8 @@ class Manager:
         on its connection has failed. Each with its event. Nothing starts before ``open``, so that
         blobs that nobody needs can be swept in between.
         """
+        for owner, n in (await self._state.waiting()).items():
+            self._count(owner, n)
         keep: list[str] = []
         after: int | None = None
         while True:
@@ -626,11 +709,25 @@ class Manager:
             if page.next is None:
                 break
             after = page.next
+        await self._catch_up()
         return keep
+
+    async def _catch_up(self) -> None:
+        """See after the jobs that wait for one that ended just before the crash."""
+        self._chained = True
+        after = ""
+        while jobs := await self._state.overdue(after, _BATCH):
+            await asyncio.gather(*(self._look_after(job) for job in jobs))
+            after = jobs[-1]
 
     def open(self) -> None:
         """Take work, after ``recover``."""
         self._open = True
+        for name in self.kinds.names():
+            kind = self.kinds.get(name)
+            limit = self.limits.kind_limits.get(name, kind.limit if kind is not None else None)
+            if limit is not None:
+                self._limits_of[name] = limit
         self.spawn(self._tick())
         self.spawn(self._retain())
         self._watch_due()
@@ -700,6 +797,31 @@ class Manager:
             self._act(after, decision.effects)
             return after, decision.status
 
+    async def _follow(self, job_id: str) -> None:
+        """A job has ended: see after those that wait for it."""
+        after = ""
+        while jobs := await self._state.followers(job_id, after, _BATCH):
+            await asyncio.gather(*(self._look_after(job) for job in jobs))
+            after = jobs[-1]
+
+    async def _look_after(self, job_id: str) -> None:
+        """Let a job go on if nothing that it waits for is left, and end it if it never may."""
+        job = await self._state.get(job_id)
+        if job is None or not job.blocked:
+            return
+        parents = await self._state.parents(job_id)
+        wrong = {
+            parent: state
+            for parent, state in parents.items()
+            if job.on == "success" and state not in (None, states.SUCCEEDED)
+        }
+        if wrong:
+            parent, state = next(iter(wrong.items()))
+            error = SluiceError("parent-failed", f"Job {parent} is {state}.", parent=parent)
+            await self.insist(job_id, Input.AFTER, broken=True, error=error)
+        elif None not in parents.values():
+            await self.insist(job_id, Input.AFTER)
+
     async def _commit(
         self,
         job: Job,
@@ -717,6 +839,8 @@ class Manager:
         await self._state.commit(
             after, event, was_version=job.version, fence=fence, files=files, key=key
         )
+        if (moved := (after.state in _WAITING) - (job.state in _WAITING)) != 0:
+            self._count(after.owner, moved)
         self._remember(after)
         return after
 
@@ -733,6 +857,8 @@ class Manager:
             self._remember(made)
             if made.state == states.QUEUED:
                 self._kick()
+            elif made.blocked:
+                self._chained = True
             elif made.state == states.SCHEDULED:
                 self._watch_due()
         return made, created
@@ -794,6 +920,8 @@ class Manager:
         self.measures.moved(job)
         for news in self._news.get(job.id, ()):
             news(job)
+        if self._chained and job.state in states.FINAL:
+            self.spawn(self._follow(job.id))
         if job.deadline_at is None and (alarm := self._alarms.pop(job.id, None)):
             alarm.cancel()
 
@@ -807,7 +935,7 @@ class Manager:
                 case Effect.START:
                     self._driver(job).start(job)
                 case Effect.RELEASE:
-                    self._slots.discard(job.id)
+                    self._slots.pop(job.id, None)
                     self._kick()
                 case Effect.QUEUE:
                     self._kick()
@@ -877,10 +1005,10 @@ class Manager:
         try:
             while self._open and (free := self.limits.slots - len(self._slots)) > 0:
                 self._claim_again = False
-                leased = await self._state.claim(self.kinds.names(), free)
-                self._slots.update(job.id for job in leased)
+                leased = await self._lease(free)
+                self._slots.update((job.id, job) for job in leased)
                 await asyncio.gather(*(self._begin(job) for job in leased))
-                if not leased and not self._claim_again:
+                if len(leased) < free and not self._claim_again:
                     return
         except SluiceError as error:
             log.warning("no job could be claimed: %s", error)
@@ -888,11 +1016,26 @@ class Manager:
         finally:
             self._claiming = None
 
+    async def _lease(self, free: int) -> list[Job]:
+        """Claim as many jobs as the limits allow."""
+        names = self.kinds.names()
+        if not self._limits_of and not self.limits.owner_slots:
+            return await self._state.claim(names, free)
+        of_kinds = Counter(job.kind for job in self._slots.values())
+        return await self._state.claim(
+            names,
+            free,
+            room={kind: most - of_kinds[kind] for kind, most in self._limits_of.items()},
+            owner_slots=self.limits.owner_slots or None,
+            busy=Counter(job.owner for job in self._slots.values()),
+        )
+
     async def _begin(self, job: Job) -> None:
         """Commit the claim of a leased job; one that was taken back frees its slot."""
         started = await self.insist(job.id, Input.CLAIM, fence=job.fence)
         if started is None:
-            self._slots.discard(job.id)
+            self._slots.pop(job.id, None)
+            self._claim_again = True
 
     # Clocks
 
@@ -964,8 +1107,10 @@ class Manager:
 
     async def _recover(self, job: Job) -> list[str]:
         blobs = await self._driver(job).recover(job, self._boot.same_boot)
-        interrupted = SluiceError("interrupted", "The server stopped during the transfer.")
-        after = await self.report(job.id, Input.CRASH, error=interrupted)
+        error = SluiceError("interrupted", "The server stopped during the transfer.")
+        if job.transfer is None:
+            error = SluiceError("crash-loop")
+        after = await self.report(job.id, Input.CRASH, error=error)
         if after is not None and after.state in states.FINAL:
             return []
         if self.kinds.get(job.kind) is None and job.transfer is None:

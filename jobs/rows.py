@@ -54,7 +54,7 @@ def job_row(job: Job, progress: Progress, transfer: dict[str, Any] | None) -> di
         "deadline_at": rfc3339(job.deadline_at),
         "expires_at": rfc3339(job.expires_at),
         "retry_of": job.retry_of,
-        "after": [],
+        "after": list(job.after),
         "by": job.by and {"actor": job.by.actor, "via": job.by.via, "at": rfc3339(job.by.at)},
         "waiting": _waiting(job),
         "progress": progress_row(progress),
@@ -69,6 +69,8 @@ def job_row(job: Job, progress: Progress, transfer: dict[str, Any] | None) -> di
 def _waiting(job: Job) -> dict[str, Any] | None:
     if job.state == "queued":
         return {"why": "slot", "position": None}
+    if job.blocked and job.state == "scheduled":
+        return {"why": "after", "position": None}
     if job.state == "scheduled":
         return {"why": "backoff" if job.attempt > 1 else "time", "position": None}
     return None

@@ -17,6 +17,7 @@ import asyncio
 import logging
 import math
 import os
+import re
 import types
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping, Sequence
@@ -53,6 +54,9 @@ from storage import (
 from storage.tables import Tables
 
 log = logging.getLogger("sluice.runners")
+
+# A file that is named by the job that makes it, perhaps before it exists.
+_JOB = re.compile(r"job:([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})")
 
 _SLICE_S = 0.002
 _SLOW_STEP_S = 0.02
@@ -102,12 +106,24 @@ class Lane:
 class _Files:
     """The files of one owner, as a process sees them."""
 
-    def __init__(self, files: Files, owner: str) -> None:
+    def __init__(self, files: Files, state: State, owner: str) -> None:
         self._files = files
+        self._state = state
         self._owner = owner
 
     async def find(self, name: str) -> File:
+        if (made_by := _JOB.fullmatch(name)) is not None:
+            return await self._made_by(made_by[1])
         return await self._files.find(name, self._owner)
+
+    async def _made_by(self, job_id: str) -> File:
+        """The file that a job has made."""
+        job = await self._state.get(job_id, self._owner)
+        if job is None:
+            raise SluiceError("file-unknown", f"There is no job {job_id} that has made a file.")
+        if job.result is None or job.result.file is None:
+            raise SluiceError("file-unknown", f"Job {job_id} is {job.state} and has made no file.")
+        return await self._files.get(job.result.file, self._owner)
 
     async def reader(self, file_id: str) -> Reader:
         return await self._files.reader(await self._files.get(file_id, self._owner))
@@ -176,7 +192,7 @@ class Process:
         self.job_id = job.id
         self.owner = job.owner
         self.attempt = job.attempt
-        self.files = _Files(runners.files, job.owner)
+        self.files = _Files(runners.files, runners.state, job.owner)
         self.tables = _Tables(self, runners.tables)
         self.meter = Meter(kind.unit, job.progress)
         self.fence = job.fence

@@ -52,6 +52,7 @@ DELETED: Final = "deleted"  # not a state: what the last event of a deleted job 
 FRONT: Final = -(10**14)
 
 _END_MS: Final = 10_000  # from the force of a deadline to its end
+_LOOP, _LOOP_MS = 5, 600_000  # crashes in that time; one more is no bad luck
 
 
 class Input(Enum):
@@ -68,6 +69,7 @@ class Input(Enum):
     CRASH = "crash"  # found at start-up: an earlier incarnation ran it
     SHUTDOWN = "shutdown"  # this incarnation is stopping
     DEADLINE = "deadline"  # an intermediate state has lasted too long
+    AFTER = "after"  # all that it waited for have ended as they must, or one of them has not
     RETRY_AT = "retry_at"  # the back-off before the next attempt is over
     EXPIRE = "expire"  # an unfinished upload was left alone for too long
     UNDONE = "undone"  # the undo journal has been run
@@ -98,6 +100,7 @@ class Facts(NamedTuple):
     grace_ms: int = 30_000
     force: bool = False
     retry_at: int | None = None
+    broken: bool = False
     error: dict[str, Any] | None = None
     result: Result | None = None
     rollback: Rollback | None = None
@@ -145,6 +148,27 @@ def is_early(job: Job, facts: Facts) -> bool:
     return job.not_before is not None and job.not_before > facts.now
 
 
+def is_blocked(job: Job, facts: Facts) -> bool:
+    """It still waits for another job."""
+    return job.blocked
+
+
+def is_broken(job: Job, facts: Facts) -> bool:
+    """A job that must succeed before it has not."""
+    return facts.broken
+
+
+def is_looping(job: Job, facts: Facts) -> bool:
+    """A process that was running at too many crashes in a short time."""
+    recent = [at for at in job.crashes if at > facts.now - _LOOP_MS]
+    return job.transfer is None and len(recent) >= _LOOP
+
+
+def is_looping_with_undo(job: Job, facts: Facts) -> bool:
+    """The same, and something is to be undone."""
+    return is_looping(job, facts) and has_undo(job, facts)
+
+
 def may_retry(job: Job, facts: Facts) -> bool:
     """The kind grants another attempt; a transfer has none."""
     return facts.retry_at is not None and job.transfer is None
@@ -185,6 +209,7 @@ TRANSITIONS: Final[dict[tuple[str, Input], tuple[Row, ...]]] = {
     (PAUSING, Input.RESUME): (Row(RUNNING, 200, (Effect.SIGNAL,)),),
     (PAUSED, Input.RESUME): (
         Row(RUNNING, 200, (Effect.SIGNAL,), is_transfer),
+        Row(SCHEDULED, 202, (), is_blocked),
         Row(SCHEDULED, 202, (Effect.ALARM,), is_early),
         Row(QUEUED, 202, (Effect.QUEUE,)),
     ),
@@ -206,6 +231,15 @@ TRANSITIONS: Final[dict[tuple[str, Input], tuple[Row, ...]]] = {
     (CANCELLED, Input.CANCEL): (Row(CANCELLED),),
     (SCHEDULED, Input.DUE): (Row(QUEUED, 200, (Effect.QUEUE,)),),
     (SCHEDULED, Input.RETRY_AT): (Row(QUEUED, 200, (Effect.QUEUE,)),),
+    (SCHEDULED, Input.AFTER): (
+        Row(CANCELLED, 200, (Effect.DISCARD,), is_broken),
+        Row(SCHEDULED, 200, (Effect.ALARM,), is_early, note=True),
+        Row(QUEUED, 200, (Effect.QUEUE,)),
+    ),
+    (PAUSED, Input.AFTER): (
+        Row(CANCELLED, 200, (Effect.DISCARD,), is_broken),
+        Row(PAUSED, note=True),
+    ),
     (QUEUED, Input.CLAIM): (Row(RUNNING, 200, (Effect.START,)),),
     (RUNNING, Input.FINISH): (Row(SUCCEEDED, 200, (Effect.RELEASE,)),),
     (PAUSING, Input.FINISH): (Row(SUCCEEDED, 200, (Effect.RELEASE,)),),
@@ -232,6 +266,8 @@ TRANSITIONS: Final[dict[tuple[str, Input], tuple[Row, ...]]] = {
     (RUNNING, Input.CRASH): (
         Row(FAILED, 200, (Effect.DISCARD,), is_fragile),
         Row(RUNNING, 200, (Effect.SIGNAL,), is_transfer, note=True),
+        Row(CANCELLING, 200, (Effect.ALARM, Effect.ROLLBACK), is_looping_with_undo),
+        Row(FAILED, 200, (Effect.DISCARD,), is_looping),
         Row(QUEUED, 200, (Effect.QUEUE,)),
     ),
     (PAUSING, Input.CRASH): (
@@ -280,10 +316,12 @@ _CAUSES: Final = {
     Input.SHUTDOWN: "shutdown",
     Input.DEADLINE: "deadline",
     Input.RETRY_AT: "due",
+    Input.AFTER: "after",
     Input.EXPIRE: "expired",
     Input.UNDONE: "undone",
 }
 
+_WAITED_FOR: Final = frozenset({Input.DUE, Input.RETRY_AT, Input.AFTER})
 _WANTS: Final = {PAUSING: "pause", PAUSED: "pause", CANCELLING: "cancel", CANCELLED: "cancel"}
 
 
@@ -295,6 +333,8 @@ def decide(job: Job, input: Input, facts: Facts) -> Decision | None:
     """
     if input is Input.DEADLINE and (job.deadline_at or facts.now) > facts.now:
         return None  # an alarm of an earlier state, or of a deadline that was moved
+    if job.blocked != (input is Input.AFTER) and input in _WAITED_FOR:
+        return None  # the clock does not start what waits for another job, nor the other way round
     for row in TRANSITIONS.get((job.state, input), ()):
         if row.when is None or row.when(job, facts):
             changed = row.to != job.state or row.note
@@ -323,6 +363,8 @@ def _moved(job: Job, input: Input, row: Row, facts: Facts) -> Job:
         change |= {"deadline_at": None, "deadline_step": 0}
     if row.to in FINAL:
         change["ended_at"] = facts.now
+    if job.blocked and row.to not in (SCHEDULED, PAUSED):
+        change["blocked"] = False
     change |= _of_state(job, input, row.to, facts)
     change |= _of_input(job, input, row.to, facts)
     return msgspec.structs.replace(job, **change)
@@ -353,18 +395,34 @@ def _of_input(job: Job, input: Input, to: str, facts: Facts) -> dict[str, Any]:
     change: dict[str, Any] = {}
     if input is Input.FINISH and to == SUCCEEDED:
         change = {"result": facts.result, "error": None, "artifacts": facts.artifacts}
-    elif input is Input.FAIL or (input in (Input.CRASH, Input.SHUTDOWN) and to == FAILED):
+    elif input is Input.FAIL or (input is Input.SHUTDOWN and to == FAILED):
         change = {"error": None if to in (SCHEDULED, PAUSED) else facts.error}
         if to in (SCHEDULED, PAUSED):
             change |= {"attempt": job.attempt + 1, "not_before": facts.retry_at}
+            change["retries"] = job.retries + 1
     elif input is Input.CRASH:
-        change = {"attempt": job.attempt + (to == QUEUED)}
+        change = _of_crash(job, to, facts)
+    elif input is Input.AFTER:
+        change = {"blocked": False}
+        if to == CANCELLED:
+            change |= {"error": facts.error, "reason": "after"}
     elif input is Input.UNDONE:
         change = {"rollback": facts.rollback}
     elif input is Input.DEADLINE and to != job.state:
         change = {"reason": "forced"}
-    if to == QUEUED and job.rank >= 0 and input not in (Input.DUE, Input.RETRY_AT):
+    if to == QUEUED and job.rank >= 0 and input not in _WAITED_FOR:
         change["rank"] = FRONT + job.created_at
+    return change
+
+
+def _of_crash(job: Job, to: str, facts: Facts) -> dict[str, Any]:
+    """Fields that a crash sets. One of a process that was running is counted."""
+    change: dict[str, Any] = {"attempt": job.attempt + (to == QUEUED)}
+    if job.state == RUNNING and job.transfer is None:
+        recent = [at for at in job.crashes if at > facts.now - _LOOP_MS]
+        change["crashes"] = (*recent, facts.now)
+    if to == FAILED or (to == CANCELLING and job.state == RUNNING):
+        change["error"] = facts.error
     return change
 
 
@@ -373,7 +431,7 @@ def created(job: Job, facts: Facts) -> Job:
     if job.transfer is not None:
         state = RUNNING
     else:
-        state = SCHEDULED if is_early(job, facts) else QUEUED
+        state = SCHEDULED if job.blocked or is_early(job, facts) else QUEUED
     return msgspec.structs.replace(
         job,
         state=state,
@@ -404,6 +462,8 @@ def violations(job: Job) -> list[str]:
         found.append("a succeeded job has no error")
     if job.transfer is not None and job.state in (SCHEDULED, QUEUED):
         found.append("a transfer never queues")
+    if job.blocked and job.state not in (SCHEDULED, PAUSED):
+        found.append("only a job that has not begun waits for others")
     return found
 
 
@@ -418,7 +478,7 @@ def describe() -> str:
         "",
         "```mermaid",
         "stateDiagram-v2",
-        "    [*] --> scheduled: start, time ahead",
+        "    [*] --> scheduled: start, time ahead or after another job",
         "    [*] --> queued: start",
         "    [*] --> running: start of a transfer",
     ]

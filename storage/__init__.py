@@ -121,6 +121,11 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     deadline_step: int = 0
     expires_at: int | None = None
     retry_of: str | None = None
+    after: tuple[str, ...] = ()  # the jobs that it starts after
+    on: str = "success"  # or "any": how they must end
+    blocked: bool = False  # it still waits for one of them
+    retries: int = 0  # attempts that its kind's back-off has granted
+    crashes: tuple[int, ...] = ()  # when it was running as the server died, of late
     by: By | None = None
     transfer: Transfer | None = None
     limit_bytes_per_s: int | None = None
@@ -256,13 +261,21 @@ class Jobs(Protocol):
     """The job table. ``commit`` is the only way to change a state."""
 
     async def create(
-        self, job: Job, event: Event, *, live_name: str | None = None, key: Key | None = None
+        self,
+        job: Job,
+        event: Event,
+        *,
+        live_name: str | None = None,
+        key: Key | None = None,
+        follower: tuple[Job, Event, str] | None = None,
     ) -> tuple[Job, bool]:
         """Insert a job with its first event, giving it its number ``h``.
 
         A live job that holds ``live_name`` already is returned instead, with False. With a key it
         is done once, here as in ``commit`` and ``delete``: the key is kept in the same transaction,
-        and raises Spent from then on.
+        and raises Spent from then on. ``follower`` is a second job (with its event and live name)
+        that is made with the first or not at all. A job that is ``blocked`` waits for ``after``;
+        raises invalid-field if one of these is not there.
         """
         ...
 
@@ -297,8 +310,21 @@ class Jobs(Protocol):
         """Write what moves without a version. Raises Fenced for an old fence or a deleted job."""
         ...
 
-    async def claim(self, kinds: Collection[str], slots: int) -> list[Job]:
-        """Lease up to ``slots`` queued jobs, first by priority, then by rank, with a new fence.
+    async def claim(
+        self,
+        kinds: Collection[str],
+        slots: int,
+        *,
+        room: Mapping[str, int] = {},
+        owner_slots: int | None = None,
+        busy: Mapping[str, int] = {},
+    ) -> list[Job]:
+        """Lease up to ``slots`` queued jobs with a new fence.
+
+        First by priority; then those that ran before; then owners take turns; of one owner by
+        rank, then age. ``room``: how many more of a kind may start, for kinds that have a limit;
+        ``busy``: how many slots an owner holds, of the ``owner_slots`` that each may hold. What may
+        not start is passed over, at no cost.
 
         A lease changes no state; the caller commits the claim. A lease that is not followed by a
         commit is void at the next start (or, with many nodes, after its time).
@@ -338,7 +364,30 @@ class Jobs(Protocol):
         ...
 
     async def ahead(self, job: Job) -> int:
-        """How many queued jobs come before this one; at most 1,000 are counted."""
+        """How many queued jobs come before this one, limits aside; at most 1,000 are counted."""
+        ...
+
+    async def waiting(self) -> dict[str, int]:
+        """How many jobs of each owner are scheduled or queued."""
+        ...
+
+    async def states(self, job_ids: Collection[str], owner: str) -> dict[str, str]:
+        """The states of those of the jobs that there are, if they are the owner's."""
+        ...
+
+    async def parents(self, job_id: str) -> dict[str, str | None]:
+        """What a blocked job waits for, and how each of these has ended, if it has.
+
+        That is kept when an ended one is deleted.
+        """
+        ...
+
+    async def followers(self, job_id: str, after: str, limit: int) -> list[str]:
+        """The blocked jobs that wait for this one, by id, with ids behind ``after``."""
+        ...
+
+    async def overdue(self, after: str, limit: int) -> list[str]:
+        """Blocked jobs of whose parents at least one has ended, by id, behind ``after``."""
         ...
 
     async def ended_before(self, at: int, limit: int) -> list[Job]:

@@ -49,6 +49,7 @@ from storage import (
     Used,
     matches_text,
 )
+from storage.lines_sqlite import INDEX, Lines
 
 T = TypeVar("T")
 Change = Callable[[sqlite3.Connection], Any]
@@ -82,13 +83,15 @@ CREATE INDEX IF NOT EXISTS jobs_client ON jobs (owner, client, kind, state, h);
 CREATE INDEX IF NOT EXISTS jobs_live ON jobs (h) WHERE live = 1;
 CREATE UNIQUE INDEX IF NOT EXISTS jobs_live_name ON jobs (owner, live_name)
     WHERE live_name IS NOT NULL;
-CREATE INDEX IF NOT EXISTS jobs_queue ON jobs (priority DESC, rank, h) WHERE state = 'queued';
 CREATE INDEX IF NOT EXISTS jobs_due ON jobs (not_before) WHERE state = 'scheduled';
 CREATE INDEX IF NOT EXISTS jobs_ended ON jobs (ended_at) WHERE ended_at IS NOT NULL;
 CREATE TABLE IF NOT EXISTS counts (
     owner TEXT, kind TEXT, state TEXT, n INTEGER NOT NULL, PRIMARY KEY (owner, kind, state)
     ) WITHOUT ROWID;
 DROP TRIGGER IF EXISTS jobs_in; DROP TRIGGER IF EXISTS jobs_out; DROP TRIGGER IF EXISTS jobs_move;
+CREATE TABLE IF NOT EXISTS waits (
+    child TEXT, parent TEXT, ended TEXT, PRIMARY KEY (child, parent)) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS waits_parent ON waits (parent);
 CREATE TABLE IF NOT EXISTS events (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, job TEXT NOT NULL, version INTEGER NOT NULL,
     kind TEXT NOT NULL, owner TEXT NOT NULL, at INTEGER NOT NULL, from_ TEXT, to_ TEXT NOT NULL,
@@ -157,6 +160,9 @@ class SqliteState:
         self._checkpoint: asyncio.TimerHandle | None = None
         self._seq = 0
         self._waiters: set[asyncio.Future[int]] = set()
+        self._lines = Lines()
+        self._leases: dict[str, float] = {}  # until when a claimed job waits for its commit
+        self._any_waits = False  # a job has ever waited for another one
         self._progress: list[asyncio.Queue[Sequence[tuple[Any, ...]]]] = []
 
     async def open(self) -> Boot:
@@ -175,7 +181,7 @@ class SqliteState:
         self._con.execute("PRAGMA journal_mode=WAL")
         self._con.execute("PRAGMA wal_autocheckpoint=0")
         self._con.execute("PRAGMA journal_size_limit=67108864")
-        self._con.executescript(_SCHEMA)
+        self._con.executescript(_SCHEMA + INDEX)
         boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         meta = dict(self._con.execute("SELECT key, value FROM meta").fetchall())
         same_boot = meta.get("boot_id") == boot_id
@@ -199,6 +205,7 @@ class SqliteState:
             "UPDATE jobs SET lease_ends = NULL WHERE state = 'queued' AND lease_ends IS NOT NULL"
         )
         self._con.execute("COMMIT")
+        self._any_waits = bool(self._con.execute("SELECT 1 FROM waits LIMIT 1").fetchone())
         self._seq = self._con.execute(
             "SELECT coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'events'), 0)"
         ).fetchone()[0]
@@ -391,7 +398,13 @@ class SqliteState:
     # Jobs
 
     async def create(
-        self, job: Job, event: Event, *, live_name: str | None = None, key: Key | None = None
+        self,
+        job: Job,
+        event: Event,
+        *,
+        live_name: str | None = None,
+        key: Key | None = None,
+        follower: tuple[Job, Event, str] | None = None,
     ) -> tuple[Job, bool]:
         """See the contract."""
 
@@ -406,42 +419,64 @@ class SqliteState:
                     _spend(con, key, found.id, found.version)
                     return found, False
             _spend(con, key, job.id, job.version)
-            made = msgspec.structs.replace(job, incarnation=self._incarnation)
-            inserted = con.execute(
-                "INSERT INTO jobs (id, owner, client, kind, name, state, version, fence,"
-                " incarnation, priority, rank, not_before, ended_at, live, live_name, doc,"
-                " progress, cursor, undo, stored_bytes, durable_bytes)"
-                " VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
-                (
-                    made.id,
-                    made.owner,
-                    made.client,
-                    made.kind,
-                    made.name,
-                    made.state,
-                    made.version,
-                    made.fence,
-                    made.incarnation,
-                    made.priority,
-                    made.rank,
-                    made.not_before,
-                    made.ended_at,
-                    _live(made),
-                    live_name if _live(made) else None,
-                    _doc(made),
-                    _encode(made.progress),
-                    _encode(made.cursor),
-                    _encode(made.undo),
-                    made.stored_bytes,
-                    made.durable_bytes,
-                ),
-            )
-            made = msgspec.structs.replace(made, h=inserted.lastrowid)
-            self._log_event(con, event, made)
-            self._count(made, made.state, 1)
+            made = self._insert(con, job, event, live_name)
+            if follower is not None:
+                self._insert(con, *follower)
             return made, True
 
         return await self._write(change)  # type: ignore[no-any-return]
+
+    def _insert(
+        self, con: sqlite3.Connection, job: Job, event: Event, live_name: str | None
+    ) -> Job:
+        """A new row with its first event, and what it waits for."""
+        made = msgspec.structs.replace(job, incarnation=self._incarnation)
+        inserted = con.execute(
+            "INSERT INTO jobs (id, owner, client, kind, name, state, version, fence,"
+            " incarnation, priority, rank, not_before, ended_at, live, live_name, doc,"
+            " progress, cursor, undo, stored_bytes, durable_bytes)"
+            " VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+            (
+                made.id,
+                made.owner,
+                made.client,
+                made.kind,
+                made.name,
+                made.state,
+                made.version,
+                made.fence,
+                made.incarnation,
+                made.priority,
+                made.rank,
+                _clock(made),
+                made.ended_at,
+                _live(made),
+                live_name if _live(made) else None,
+                _doc(made),
+                _encode(made.progress),
+                _encode(made.cursor),
+                _encode(made.undo),
+                made.stored_bytes,
+                made.durable_bytes,
+            ),
+        )
+        made = msgspec.structs.replace(made, h=inserted.lastrowid)
+        if made.blocked:
+            self._wait_for(con, made)
+        self._log_event(con, event, made)
+        self._count(made, made.state, 1)
+        return made
+
+    def _wait_for(self, con: sqlite3.Connection, job: Job) -> None:
+        """Note what a job waits for; all of it must be there."""
+        for parent in job.after:
+            done = con.execute(
+                "INSERT INTO waits SELECT ?, id, NULL FROM jobs WHERE id = ? AND owner = ?",
+                (job.id, parent, job.owner),
+            )
+            if done.rowcount == 0:
+                raise SluiceError("invalid-field", f"There is no job {parent}.", field="after")
+        self._any_waits = True
 
     async def commit(
         self,
@@ -473,7 +508,7 @@ class SqliteState:
                     self._incarnation,
                     job.priority,
                     job.rank,
-                    job.not_before,
+                    _clock(job),
                     job.ended_at,
                     live,
                     live,
@@ -494,6 +529,8 @@ class SqliteState:
             if event.from_ != job.state:
                 self._count(job, event.from_, -1)
                 self._count(job, job.state, 1)
+            if job.after and not job.blocked and self._any_waits:
+                con.execute("DELETE FROM waits WHERE child = ?", (job.id,))
             return self._log_event(con, event, job)
 
         return await self._write(change)  # type: ignore[no-any-return]
@@ -534,30 +571,48 @@ class SqliteState:
 
         await self._write(change, full=full)
 
-    async def claim(self, kinds: Collection[str], slots: int) -> list[Job]:
+    async def claim(
+        self,
+        kinds: Collection[str],
+        slots: int,
+        *,
+        room: Mapping[str, int] = {},
+        owner_slots: int | None = None,
+        busy: Mapping[str, int] = {},
+    ) -> list[Job]:
         """See the contract. A lease is the row's new fence, and until when nobody else gets it."""
         if not kinds or slots <= 0:
             return []
-        marks = ",".join("?" * len(kinds))
 
         def change(con: sqlite3.Connection) -> list[Job]:
             now = time.monotonic()
-            ids = con.execute(
-                "SELECT id FROM jobs WHERE state = 'queued' AND coalesce(lease_ends, 0) <= ?"
-                f" AND kind IN ({marks}) ORDER BY priority DESC, rank, h LIMIT ?",
-                (now, *kinds, slots),
-            ).fetchall()
+            self._end_leases(con, now)
             leased = []
-            for row in ids:
+            for h in self._lines.take(con, slots, kinds, room, owner_slots, busy):
                 con.execute(
                     "UPDATE jobs SET fence = fence + 1, incarnation = ?, lease_ends = ?"
-                    " WHERE id = ?",
-                    (self._incarnation, now + _LEASE_S, row[0]),
+                    " WHERE h = ?",
+                    (self._incarnation, now + _LEASE_S, h),
                 )
-                leased.append(_job(_select(con, row[0])))
+                row = con.execute(f"SELECT {_COLUMNS} FROM jobs WHERE h = ?", (h,)).fetchone()
+                leased.append(_job(row))
+                self._leases[leased[-1].id] = now + _LEASE_S
             return leased
 
         return await self._write(change, full=False)  # type: ignore[no-any-return]
+
+    def _end_leases(self, con: sqlite3.Connection, now: float) -> None:
+        """Put jobs back into their lines whose claim nobody has committed in time."""
+        while self._leases:
+            job_id, ends = next(iter(self._leases.items()))  # the oldest: they all last as long
+            if ends > now:
+                return
+            del self._leases[job_id]
+            con.execute(
+                "UPDATE jobs SET lease_ends = NULL"
+                " WHERE id = ? AND state = 'queued' AND lease_ends <= ?",
+                (job_id, now),
+            )
 
     async def renew(self, leases: Sequence[tuple[str, int]]) -> list[str]:
         """See the contract. One process owns the file, so a lease is lost only to a newer fence."""
@@ -677,11 +732,53 @@ class SqliteState:
 
     async def ahead(self, job: Job) -> int:
         """See the contract."""
-        return self._con.execute(  # type: ignore[no-any-return]
-            "SELECT count(*) FROM (SELECT 1 FROM jobs WHERE state = 'queued' AND"
-            " (-priority, rank, h) < (?, ?, ?) LIMIT 1000)",
-            (-job.priority, job.rank, job.h),
-        ).fetchone()[0]
+        return self._lines.ahead(self._con, job.priority, job.rank, job.owner, job.h)
+
+    async def waiting(self) -> dict[str, int]:
+        """See the contract."""
+        rows = self._con.execute(
+            "SELECT owner, sum(n) FROM counts WHERE state IN ('queued', 'scheduled')"
+            " GROUP BY owner HAVING sum(n) > 0"
+        )
+        return dict(rows.fetchall())
+
+    async def states(self, job_ids: Collection[str], owner: str) -> dict[str, str]:
+        """See the contract."""
+        rows = self._con.execute(
+            "SELECT id, state FROM jobs WHERE id IN (SELECT value FROM json_each(?)) AND owner = ?",
+            (_encode(list(job_ids)).decode(), owner),
+        )
+        return dict(rows.fetchall())
+
+    async def parents(self, job_id: str) -> dict[str, str | None]:
+        """See the contract."""
+        rows = self._con.execute(
+            "SELECT waits.parent, CASE WHEN waits.ended IS NOT NULL THEN waits.ended"
+            " WHEN jobs.ended_at IS NOT NULL THEN jobs.state END"
+            " FROM waits LEFT JOIN jobs ON jobs.id = waits.parent WHERE child = ?",
+            (job_id,),
+        )
+        return dict(rows.fetchall())
+
+    async def followers(self, job_id: str, after: str, limit: int) -> list[str]:
+        """See the contract."""
+        if not self._any_waits:
+            return []
+        rows = self._con.execute(
+            "SELECT child FROM waits WHERE parent = ? AND child > ? ORDER BY child LIMIT ?",
+            (job_id, after, limit),
+        )
+        return [row[0] for row in rows]
+
+    async def overdue(self, after: str, limit: int) -> list[str]:
+        """See the contract."""
+        rows = self._con.execute(
+            "SELECT DISTINCT child FROM waits LEFT JOIN jobs ON jobs.id = waits.parent"
+            " WHERE child > ? AND (waits.ended IS NOT NULL OR jobs.ended_at IS NOT NULL)"
+            " ORDER BY child LIMIT ?",
+            (after, limit),
+        )
+        return [row[0] for row in rows]
 
     async def delete(
         self, job_id: str, event: Event, *, was_version: int, key: Key | None = None
@@ -692,6 +789,13 @@ class SqliteState:
             _spend(con, key, job_id, event.version)
             self._guard(con, job_id, was_version, None)
             self._count(event, event.from_, -1)
+            if self._any_waits:  # who still waits for it must know how it ended
+                con.execute(
+                    "UPDATE waits SET ended = (SELECT state FROM jobs WHERE id = parent)"
+                    " WHERE parent = ?",
+                    (job_id,),
+                )
+                con.execute("DELETE FROM waits WHERE child = ?", (job_id,))
             con.execute("DELETE FROM jobs WHERE id = ?", (job_id,))
             con.execute(  # what is older than the log is whole was kept for the job's history
                 "DELETE FROM events WHERE job = ?"
@@ -947,6 +1051,11 @@ def _spend(con: sqlite3.Connection, key: Key | None, job: str, version: int) -> 
 
 def _now_ms() -> int:
     return time.time_ns() // 1_000_000
+
+
+def _clock(job: Job) -> int | None:
+    """When the clock takes a job; one that waits for others is not the clock's."""
+    return None if job.blocked else job.not_before
 
 
 def _live(job: Job) -> int | None:

@@ -13,6 +13,10 @@ A kind is one module in this package:
     PAUSE = "after the current block"   # when a pause takes effect, for people
     CURSOR_VERSION = 1                  # raise it when the meaning of the cursor changes
     NEEDS = frozenset()                 # {"tables"} to write rows
+    LIMIT = None                        # how many run at once; None: as many as there are slots
+    RETRY = Retry(times=3)              # again after a failure that may pass; default: never
+    RUN_TIMEOUT_S = None                # it may run for so long, pauses and queueing aside
+    STALL_TIMEOUT_S = None              # and be without a checkpoint for so long
     UNDO = {"delete": delete}           # what ctx.undo may name: async def delete(**args)
 
     class Params(msgspec.Struct, forbid_unknown_fields=True, kw_only=True): ...
@@ -140,7 +144,10 @@ class FileAccess(Protocol):
     """The stored files of the job's owner."""
 
     async def find(self, name: str) -> FileInfo:
-        """The newest version of a name, or the file of that id. Raises file-unknown."""
+        """The newest version of a name, the file of that id, or (``job:ID``) what a job has made.
+
+        Raises file-unknown.
+        """
         ...
 
     async def reader(self, file_id: str) -> FileReader:
@@ -358,6 +365,31 @@ class Context(Protocol):
         ...
 
 
+class Retry(NamedTuple):
+    """How often, and after which waits, a job is tried again that failed by what may pass.
+
+    That is any exception, and a SluiceError whose code says that a retry can help. The n-th wait is
+    ``base_s * factor ** (n - 1)``, at most ``max_s``, and shortened by chance by up to the share
+    ``jitter``, so that many jobs that failed together do not come back together.
+    """
+
+    times: int = 3
+    base_s: float = 1.0
+    factor: float = 2.0
+    max_s: float = 300.0
+    jitter: float = 0.2
+
+    def delay_s(self, retries: int, chance: float) -> float | None:
+        """How long to wait after ``retries`` retries; None if they are used up.
+
+        ``chance`` is from 0 to 1.
+        """
+        if retries >= self.times:
+            return None
+        wait_s = min(self.max_s, self.base_s * self.factor ** min(retries, 60))
+        return wait_s * (1 - self.jitter * chance)
+
+
 Run = Callable[[Any, Any], Coroutine[Any, Any, dict[str, Any] | None]]
 
 
@@ -382,6 +414,10 @@ class Kind(NamedTuple):
     cursor_version: int
     needs: frozenset[str]
     source: Source
+    limit: int | None = None
+    retry: Retry | None = None
+    run_timeout_s: float | None = None
+    stall_timeout_s: float | None = None
 
     def runs_in(self, params: Any) -> str:
         """Its runner, with these parameters."""
@@ -463,6 +499,10 @@ def kind_of(module: Any) -> Kind:
         cursor_version=given.take("CURSOR_VERSION", _is_version, "a whole number from 0", 1),
         needs=frozenset(given.take("NEEDS", _is_needs, 'frozenset({"tables"}) or empty', ())),
         source=_source_of(module),
+        limit=given.take("LIMIT", _is_limit, "a whole number from 1, or None", None),
+        retry=given.take("RETRY", _is_retry, "Retry(times, base_s, factor, max_s, jitter)", None),
+        run_timeout_s=given.take("RUN_TIMEOUT_S", _is_time, "seconds above 0, or None", None),
+        stall_timeout_s=given.take("STALL_TIMEOUT_S", _is_time, "seconds above 0, or None", None),
     )
 
 
@@ -482,6 +522,23 @@ def _is_text(value: Any) -> bool:
 
 def _is_version(value: Any) -> bool:
     return type(value) is int and value >= 0
+
+
+def _is_limit(value: Any) -> bool:
+    return value is None or (type(value) is int and value >= 1)
+
+
+def _is_time(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and 0 < value < float("inf"))
+
+
+def _is_retry(value: Any) -> bool:
+    if value is None:
+        return True
+    if not isinstance(value, Retry) or type(value.times) is not int or value.times < 0:
+        return False
+    waits = (value.base_s, value.factor, value.max_s)
+    return all(map(_is_time, waits)) and None not in waits and 0 <= value.jitter <= 1
 
 
 def _is_needs(value: Any) -> bool:

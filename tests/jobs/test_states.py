@@ -44,16 +44,16 @@ SUBJECTS: Final[dict[str, Transfer | None]] = {
 }
 
 ANSWERS_TO_A_PROCESS: Final = """
-            pause           resume          resume+ahead
-scheduled   paused/200      scheduled/200   scheduled/200
-queued      paused/200      queued/200      queued/200
-running     pausing/202     running/200     running/200
-pausing     pausing/202     running/200     running/200
-paused      paused/200      queued/202      scheduled/202
-cancelling  job-cancelling  job-cancelling  job-cancelling
-succeeded   job-finished    job-finished    job-finished
-failed      job-finished    job-finished    job-finished
-cancelled   job-finished    job-finished    job-finished
+            pause           resume          resume+ahead    resume+blocked
+scheduled   paused/200      scheduled/200   scheduled/200   scheduled/200
+queued      paused/200      queued/200      queued/200      queued/200
+running     pausing/202     running/200     running/200     running/200
+pausing     pausing/202     running/200     running/200     running/200
+paused      paused/200      queued/202      scheduled/202   scheduled/202
+cancelling  job-cancelling  job-cancelling  job-cancelling  job-cancelling
+succeeded   job-finished    job-finished    job-finished    job-finished
+failed      job-finished    job-finished    job-finished    job-finished
+cancelled   job-finished    job-finished    job-finished    job-finished
 """
 
 CANCELS_OF_A_PROCESS: Final = """
@@ -82,31 +82,41 @@ cancelled   job-finished    job-finished    job-finished    cancelled/200   canc
 """
 
 EVENTS_OF_A_PROCESS: Final = """
-                 scheduled  queued   running     pausing     paused  cancelling
-due              queued     .        .           .           .       .
-retry_at         queued     .        .           .           .       .
-claim            .          running  .           .           .       .
-finish           .          .        succeeded   succeeded   .       cancelling
-fail             .          .        failed      failed      .       cancelling
-fail+retry       .          .        scheduled   paused      .       cancelling
-fail+undo        .          .        cancelling  cancelling  .       cancelling
-fail+retry+undo  .          .        scheduled   paused      .       cancelling
-unwound          .          .        queued      paused      .       cancelling
-crash            .          .        queued      paused      .       cancelling*
-shutdown         .          .        queued      paused      .       .
-deadline0        .          .        .           pausing*    .       cancelling*
-deadline1        .          .        .           pausing*    .       cancelling*
-deadline2        .          .        .           paused      .       cancelled
-deadline2+error  .          .        .           paused      .       failed
-expire           .          .        .           .           .       .
-undone           .          .        .           .           .       cancelled
-undone+error     .          .        .           .           .       failed
+                      scheduled   queued   running     pausing     paused     cancelling
+due                   queued      .        .           .           .          .
+due+blocked           .           .        .           .           .          .
+retry_at              queued      .        .           .           .          .
+retry_at+blocked      .           .        .           .           .          .
+after                 .           .        .           .           .          .
+after+blocked         queued      .        .           .           paused*    .
+after+blocked+ahead   scheduled*  .        .           .           paused*    .
+after+blocked+broken  cancelled   .        .           .           cancelled  .
+claim                 .           running  .           .           .          .
+finish                .           .        succeeded   succeeded   .          cancelling
+fail                  .           .        failed      failed      .          cancelling
+fail+retry            .           .        scheduled   paused      .          cancelling
+fail+undo             .           .        cancelling  cancelling  .          cancelling
+fail+retry+undo       .           .        scheduled   paused      .          cancelling
+unwound               .           .        queued      paused      .          cancelling
+crash                 .           .        queued      paused      .          cancelling*
+crash+undo            .           .        queued      paused      .          cancelling*
+crash+loop            .           .        failed      paused      .          cancelling*
+crash+loop+undo       .           .        cancelling  paused      .          cancelling*
+shutdown              .           .        queued      paused      .          .
+deadline0             .           .        .           pausing*    .          cancelling*
+deadline1             .           .        .           pausing*    .          cancelling*
+deadline2             .           .        .           paused      .          cancelled
+deadline2+error       .           .        .           paused      .          failed
+expire                .           .        .           .           .          .
+undone                .           .        .           .           .          cancelled
+undone+error          .           .        .           .           .          failed
 """
 
 EVENTS_OF_A_RESUMABLE_TRANSFER: Final = """
                  running     pausing     paused     cancelling
 due              .           .           .          .
 retry_at         .           .           .          .
+after            .           .           .          .
 claim            .           .           .          .
 finish           succeeded   succeeded   .          cancelling
 fail             failed      failed      failed     cancelling
@@ -129,6 +139,7 @@ EVENTS_OF_A_FRAGILE_TRANSFER: Final = """
                  running     pausing     paused     cancelling
 due              .           .           .          .
 retry_at         .           .           .          .
+after            .           .           .          .
 claim            .           .           .          .
 finish           succeeded   succeeded   .          cancelling
 fail             failed      failed      failed     cancelling
@@ -150,6 +161,12 @@ DUTIES: Final[dict[tuple[str, str], set[Effect]]] = {
     ("queued", "claim"): {Effect.START},
     ("scheduled", "due"): {Effect.QUEUE},
     ("scheduled", "retry_at"): {Effect.QUEUE},
+    ("scheduled", "after+blocked"): {Effect.QUEUE},
+    ("scheduled", "after+blocked+ahead"): {Effect.ALARM},
+    ("scheduled", "after+blocked+broken"): {Effect.DISCARD},
+    ("paused", "after+blocked+broken"): {Effect.DISCARD},
+    ("running", "crash+loop"): {Effect.DISCARD},
+    ("running", "crash+loop+undo"): {Effect.ROLLBACK, Effect.ALARM},
     ("running", "pause"): {Effect.SIGNAL, Effect.ALARM},
     ("running", "cancel"): {Effect.SIGNAL, Effect.ALARM},
     ("pausing", "resume"): {Effect.SIGNAL},
@@ -210,6 +227,8 @@ EXPECTED: Final[dict[str, Cells]] = {
 # Which facts may matter to an input; any other fact must change nothing.
 MATTERS: Final[dict[Input, set[str]]] = {
     Input.RESUME: {"ahead"},
+    Input.AFTER: {"ahead", "broken"},
+    Input.CRASH: {"loop", "undo"},
     Input.DUE: {"ahead"},
     Input.RETRY_AT: {"ahead"},
     Input.CANCEL: {"undo", "force"},
@@ -242,6 +261,9 @@ def job_in(state: str, subject: str = "process", flags: frozenset[str] = frozens
         error=ERROR if state == "failed" or ("error" in flags and state == "cancelling") else None,
         cursor={"row": 41},
         undo=JOURNAL if "undo" in flags else (),
+        after=("j0",) if "blocked" in flags else (),
+        blocked="blocked" in flags and state in ("scheduled", "paused"),
+        crashes=tuple(NOW - ago for ago in (5, 4, 3, 2, 1)) if "loop" in flags else (),
     )
 
 
@@ -251,6 +273,7 @@ def facts_of(flags: frozenset[str] = frozenset(), now: int = NOW) -> Facts:
         now=now,
         force="force" in flags,
         retry_at=now + 60_000 if "retry" in flags else None,
+        broken="broken" in flags,
         error=ERROR,
         result=Result(data={"n": 1}),
     )
@@ -298,7 +321,8 @@ def mismatches() -> list[str]:
     for subject, cells in EXPECTED.items():
         for (state, stimulus), expected in cells.items():
             input = Input(stimulus.split("+")[0].rstrip("012"))
-            noise = {"ahead", "force", "retry"} | ({"undo"} if subject == "process" else set())
+            noise = {"ahead", "force", "retry", "broken", "loop"}
+            noise |= {"undo"} if subject == "process" else set()
             for more in (frozenset[str](), frozenset(noise - MATTERS.get(input, set()))):
                 before, decision, outcome = stimulate(state, stimulus, subject, more)
                 wrong = _unsound(before, decision) if decision else []
@@ -369,8 +393,10 @@ def test_only_who_ran_or_was_asked_for_goes_to_the_front() -> None:
         ("running", "crash"): True,
         ("running", "shutdown"): True,
         ("running", "unwound"): True,
+        ("running", "crash+undo"): True,
         ("scheduled", "due"): False,
         ("scheduled", "retry_at"): False,
+        ("scheduled", "after+blocked"): False,
     }
 
 
@@ -810,6 +836,9 @@ class Model:
     rings_at: int | None = None
     step: int = 0
     attempt: int = 1
+    blocked: bool = False
+    broken: bool = False
+    crashes: tuple[int, ...] = ()
 
     def meet(self, input: Input, facts: Facts) -> str:
         """Let it happen; the outcome in one word."""
@@ -817,6 +846,7 @@ class Model:
         method = {"retry_at": "due"}.get(input.value, input.value)
         outcome: str = getattr(self, method)(facts)
         if self.state != before:
+            self.blocked = self.blocked and self.state in ("scheduled", "paused")
             self._wants()
             self.step, self.rings_at = 0, None
             if self.state in ("pausing", "cancelling"):
@@ -856,7 +886,7 @@ class Model:
             return self._becomes("running", "/200")
         if self.state != "paused":
             return f"{self.state}/200"
-        if self.not_before is not None and facts.now < self.not_before:
+        if self.blocked or self._is_early(facts):
             return self._becomes("scheduled", "/202")
         return self._waits_in_front() + "/202"
 
@@ -871,8 +901,23 @@ class Model:
             return "cancelling*/202"
         return self._becomes("cancelling", "/202")
 
+    def _is_early(self, facts: Facts) -> bool:
+        return self.not_before is not None and facts.now < self.not_before
+
     def due(self, facts: Facts) -> str:
-        return self._becomes("queued") if self.state == "scheduled" else "."
+        waits = self.state == "scheduled" and not self.blocked
+        return self._becomes("queued") if waits else "."
+
+    def after(self, facts: Facts) -> str:
+        if not self.blocked:
+            return "."
+        self.blocked = False
+        if facts.broken:
+            self.broken = True
+            return self._becomes("cancelled")
+        if self.state == "paused" or self._is_early(facts):
+            return self.state + "*"
+        return self._becomes("queued")
 
     def claim(self, facts: Facts) -> str:
         return self._becomes("running") if self.state == "queued" else "."
@@ -913,6 +958,11 @@ class Model:
             self.step, self.rings_at = 0, facts.now + 10_000
             return "cancelling*"
         if self.state == "running" and self.subject == "process":
+            recent = tuple(at for at in self.crashes if at > facts.now - 600_000)
+            self.crashes = (*recent, facts.now)
+            if len(self.crashes) > 5:
+                self.failed = True
+                return self._becomes("cancelling" if self.undo else "failed")
             self.attempt += 1
         return self._stopped()
 
@@ -962,11 +1012,11 @@ class Attempt:
 
 # What a job in that state is likely to meet; now and then it meets anything at all.
 LIKELY: Final[dict[str, str]] = {
-    "scheduled": "due retry_at pause resume cancel",
+    "scheduled": "due retry_at after pause resume cancel",
     "queued": "claim claim pause resume cancel",
     "running": "finish fail unwound pause pause cancel shutdown expire",
     "pausing": "unwound finish fail resume cancel deadline shutdown",
-    "paused": "resume resume cancel fail shutdown expire pause",
+    "paused": "resume resume after cancel fail shutdown expire pause",
     "cancelling": "unwound finish fail undone deadline cancel pause resume",
     "succeeded": "cancel pause fail undone",
     "failed": "cancel resume finish undone",
@@ -977,8 +1027,7 @@ PLANS: Final = st.tuples(st.integers(0, 999), st.integers(0, 9), st.booleans(), 
 JOBS: Final = st.tuples(
     st.sampled_from(sorted(SUBJECTS)),
     st.sampled_from([state for state in STATES if state not in FINAL]),
-    st.booleans(),
-    st.booleans(),
+    st.sets(st.sampled_from(["ahead", "undo", "blocked", "loop"])),
 )
 
 
@@ -986,23 +1035,25 @@ class Interleavings(RuleBasedStateMachine):
     """Two actors read a row, decide and commit, in any order, until a crash or the end."""
 
     @initialize(job=JOBS)
-    def start(self, job: tuple[str, str, bool, bool]) -> None:
+    def start(self, job: tuple[str, str, set[str]]) -> None:
         """A job that has got as far as that."""
-        subject, state, ahead, undo = job
+        subject, state, flags = job
         if subject != "process":
-            state, undo = state.replace("scheduled", "running").replace("queued", "running"), False
-        flags = {word for word, on in (("ahead", ahead), ("undo", undo)) if on}
+            state = state.replace("scheduled", "running").replace("queued", "running")
+            flags = flags & {"ahead"}
+        undo = "undo" in flags
         row = msgspec.structs.replace(job_in(state, subject, frozenset(flags)), version=1)
         self.now = NOW
         self.store = Store(row)
         self.model = Model(subject, state, undo, row.not_before, row.want, rings_at=row.deadline_at)
+        self.model.blocked, self.model.crashes = row.blocked, row.crashes
         self.attempts: dict[str, Attempt] = {}
         self.ended: Job | None = None
         self.cancelled = False
 
     @precondition(lambda self: self.model.state in FINAL)
     @rule(job=JOBS)
-    def start_another(self, job: tuple[str, str, bool, bool]) -> None:
+    def start_another(self, job: tuple[str, str, set[str]]) -> None:
         """Enough late events: the same with another job."""
         self.start(job)
 
@@ -1038,6 +1089,8 @@ class Interleavings(RuleBasedStateMachine):
         # Force is promised only to a job that is being cancelled already.
         if force and input is Input.CANCEL and self.model.state == "cancelling":
             flags.add("force")
+        if force and input is Input.AFTER:
+            flags.add("broken")
         if odd != 4:  # else the clock that rings may be an old one
             self.now = max(self.now, self._clock(input))
         self.attempts[actor] = Attempt(
@@ -1100,8 +1153,10 @@ class Interleavings(RuleBasedStateMachine):
         """No moment shows a row that contradicts itself or the model."""
         row, model = self.store.row, self.model
         assert states.violations(row) == []
-        told = (model.state, model.want, model.attempt, model.failed, model.front)
+        has_error = model.failed or model.broken
+        told = (model.state, model.want, model.attempt, has_error, model.front)
         assert (row.state, row.want, row.attempt, row.error is not None, row.rank < 0) == told
+        assert row.blocked == model.blocked
         assert (row.deadline_step, row.deadline_at) == (model.step, model.rings_at)
 
     @invariant()

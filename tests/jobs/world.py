@@ -223,10 +223,12 @@ class World:
         """The author of a command."""
         return By(actor=OWNER, via="rest", at=now_ms())
 
-    async def start(self, kind: str, params: dict[str, Any] | None = None, **more: Any) -> str:
+    async def start(
+        self, kind: str, params: dict[str, Any] | None = None, *, owner: str = OWNER, **more: Any
+    ) -> str:
         """Start a job; its id."""
         checked = self.manager.kinds.parse(kind, params or {})
-        job, _ = await self.manager.start(kind, checked, owner=OWNER, by=self.by(), **more)
+        job, _ = await self.manager.start(kind, checked, owner=owner, by=self.by(), **more)
         return job.id
 
     async def tell(self, job_id: str, verb: str, **more: Any) -> tuple[str, int]:

@@ -492,6 +492,43 @@ class Saving:
             await state.save("j1", 1)
 
 
+def modelled(
+    queued: list[Job],
+    slots: int,
+    kinds: Sequence[str],
+    room: dict[str, int],
+    most: int | None,
+    busy: dict[str, int],
+    turns: dict[tuple[int, bool], str],
+) -> list[Job]:
+    """What a claim gives, by sorting all that waits for each single job."""
+    taken: list[Job] = []
+    while len(taken) < slots:
+        able = [
+            job
+            for job in queued
+            if job not in taken
+            and job.kind in kinds
+            and room.get(job.kind, 1) > 0
+            and (most is None or busy.get(job.owner, 0) < most)
+        ]
+        if not able:
+            break
+
+        def place(job: Job) -> tuple[Any, ...]:
+            level = job.priority, job.rank >= 0
+            passed = job.owner <= turns.get(level, "")
+            return -level[0], level[1], passed, job.owner, job.rank, job.h
+
+        job = min(able, key=place)
+        taken.append(job)
+        turns[job.priority, job.rank >= 0] = job.owner
+        busy[job.owner] = busy.get(job.owner, 0) + 1
+        if job.kind in room:
+            room[job.kind] -= 1
+    return taken
+
+
 class Claiming:
     """``claim`` and ``renew``."""
 
@@ -585,6 +622,105 @@ class Claiming:
         await move(state, leased, "queued", fence=leased.fence)
         assert ids(await state.claim(["count"], 1)) == ["j1"]
 
+    async def test_owners_take_turns(self, state: State) -> None:
+        """Of each owner one job in a cycle, however many another one has; then its next oldest."""
+        await start_all(state, [a_job(f"ann{i}", owner="ann") for i in range(6)])
+        await start_all(state, [a_job(f"bob{i}", owner="bob") for i in range(2)])
+        await start_all(state, [a_job(f"cid{i}", owner="cid", kind="b") for i in range(2)])
+        first = ids(await state.claim(["count", "b"], 2))
+        rest = ids(await state.claim(["count", "b"], 5)) + ids(await state.claim(["count", "b"], 9))
+        assert first == ["ann0", "bob0"]
+        assert rest == ["cid0", "ann1", "bob1", "cid1", "ann2", "ann3", "ann4", "ann5"]
+
+    async def test_an_owner_that_comes_late_has_the_next_turn(self, state: State) -> None:
+        """Nobody waits for what others had queued before."""
+        await start_all(state, [a_job(f"zoe{i}", owner="zoe") for i in range(50)])
+        assert len(await state.claim(["count"], 5)) == 5
+        await start(state, a_job("late", owner="ann"))
+        assert "late" in ids(await state.claim(["count"], 2))
+
+    async def test_priority_comes_before_turns(self, state: State) -> None:
+        """Turns are taken among jobs of one priority, and who ran before precedes those."""
+        await start_all(
+            state,
+            [
+                a_job("a low", priority=1),
+                a_job("a high", priority=2),
+                a_job("a high too", priority=2),
+                a_job("b low", priority=1, owner="bob"),
+                a_job("b ran", priority=1, owner="bob", rank=-5),
+            ],
+        )
+        assert ids(await state.claim(["count"], 9)) == [
+            "a high",
+            "a high too",
+            "b ran",
+            "a low",
+            "b low",
+        ]
+
+    async def test_the_oldest_of_an_owner_whatever_its_kind(self, state: State) -> None:
+        """Kinds do not take turns: an owner's jobs start in their order."""
+        kinds = "abbabaab"
+        jobs = [a_job(f"j{i}", kind=kind, rank=i) for i, kind in enumerate(kinds)]
+        await start_all(state, jobs)
+        claimed = [
+            *await state.claim(["a", "b"], 3),
+            *await state.claim(["a", "b"], 9),
+        ]
+        assert ids(claimed) == [f"j{i}" for i in range(8)]
+
+    async def test_a_full_kind_is_passed_over(self, state: State) -> None:
+        """No more start of a limited kind than it has room for; others go ahead."""
+        await start_all(state, [a_job(f"a{i}", kind="a") for i in range(5)])
+        await start_all(state, [a_job(f"b{i}", kind="b") for i in range(3)])
+        await start(state, a_job("low", kind="b", priority=0))
+        assert ids(await state.claim(["a", "b"], 9, room={"a": 2})) == [
+            "a0",
+            "a1",
+            "b0",
+            "b1",
+            "b2",
+            "low",
+        ]
+        assert await state.claim(["a", "b"], 9, room={"a": 0}) == []
+        assert ids(await state.claim(["a"], 9, room={"a": 1, "b": 0})) == ["a2"]
+
+    async def test_an_owner_holds_so_many_slots(self, state: State) -> None:
+        """What an owner holds already counts, and the others' turns come sooner."""
+        await start_all(state, [a_job(f"ann{i}", priority=9) for i in range(5)])
+        await start_all(state, [a_job(f"bob{i}", owner="bob", kind="b") for i in range(5)])
+        claimed = await state.claim(["count", "b"], 9, owner_slots=3, busy={"bob": 2})
+        assert ids(claimed) == ["ann0", "ann1", "ann2", "bob0"]
+        assert await state.claim(["count", "b"], 9, owner_slots=3, busy={"ann": 3, "bob": 9}) == []
+
+    async def test_any_claim_is_that_of_the_model(self, state: State) -> None:
+        """Whatever is queued and full: priority, who ran before, turns, age, and the limits."""
+        dice = random.Random(6)
+        turns: dict[tuple[int, bool], str] = {}
+        queued: list[Job] = []
+        for round_ in range(30):
+            jobs = [
+                a_job(
+                    f"{round_}.{i}",
+                    owner=dice.choice("abcd"),
+                    kind=dice.choice("xyz"),
+                    priority=dice.randrange(2),
+                    rank=dice.randrange(-2, 9),
+                )
+                for i in range(dice.randrange(8))
+            ]
+            queued += await start_all(state, jobs)
+            room = {kind: dice.randrange(4) for kind in "xyz" if dice.random() < 0.5}
+            busy = {owner: dice.randrange(3) for owner in "abcd"}
+            most = dice.choice([None, 2, 3])
+            slots = dice.randrange(1, 7)
+            kinds = ["x", "y"] if dice.random() < 0.3 else ["x", "y", "z"]
+            expected = modelled(queued, slots, kinds, dict(room), most, dict(busy), turns)
+            claimed = await state.claim(kinds, slots, room=room, owner_slots=most, busy=busy)
+            assert ids(claimed) == ids(expected), round_
+            queued = [job for job in queued if job.id not in ids(claimed)]
+
     async def test_renewing_tells_what_is_lost(self, state: State) -> None:
         """A lease is lost to a newer fence or with the job; all others are kept."""
         await start_all(state, [a_job(f"j{i}") for i in range(3)])
@@ -594,6 +730,128 @@ class Claiming:
         leases = [(job.id, job.fence) for job in leased]
         assert await state.renew([*leases, ("j2", 0), ("nobody", 1)]) == ["j1", "j2", "nobody"]
         assert await state.renew([]) == []
+
+
+class Chaining:
+    """Jobs that wait for others."""
+
+    async def test_parents_tell_how_they_have_ended(self, state: State) -> None:
+        """Each that a blocked job waits for, with its end as soon as there is one."""
+        one, two = await start_all(state, [a_job("p1"), a_job("p2")])
+        await start(state, a_job("c", state="scheduled", after=("p1", "p2"), blocked=True))
+        assert await state.parents("c") == {"p1": None, "p2": None}
+        running = await move(state, one, "running")
+        assert await state.parents("c") == {"p1": None, "p2": None}
+        await move(state, running, "failed")
+        await move(state, two, "succeeded")
+        assert await state.parents("c") == {"p1": "failed", "p2": "succeeded"}
+
+    async def test_the_end_of_a_deleted_parent_is_kept(self, state: State) -> None:
+        """A job does not wait for one that is gone, and knows how that one ended."""
+        one, _ = await start_all(state, [a_job("p1"), a_job("p2")])
+        await start(state, a_job("c", state="scheduled", after=("p1", "p2"), blocked=True))
+        await forget(state, await move(state, one, "cancelled"))
+        assert await state.parents("c") == {"p1": "cancelled", "p2": None}
+        assert await state.overdue("", 9) == ["c"]
+
+    async def test_followers_come_in_pages(self, state: State) -> None:
+        """All blocked jobs that wait for one, by id."""
+        await start_all(state, [a_job("p"), a_job("q")])
+        assert await state.followers("p", "", 9) == []
+        for child in "dbac":
+            await start(state, a_job(child, state="scheduled", after=("p",), blocked=True))
+        await start(state, a_job("e", state="scheduled", after=("q",), blocked=True))
+        await start(state, a_job("f", after=("p",)))
+        assert await state.followers("p", "", 3) == ["a", "b", "c"]
+        assert await state.followers("p", "c", 3) == ["d"]
+        assert await state.followers("q", "", 9) == ["e"]
+
+    async def test_who_waits_no_more_is_no_follower(self, state: State) -> None:
+        """The commit that unblocks a job ends its waiting, and a pause does not."""
+        await start(state, a_job("p"))
+        child = await start(state, a_job("c", state="scheduled", after=("p",), blocked=True))
+        child = await move(state, child, "paused")
+        assert await state.followers("p", "", 9) == ["c"]
+        await move(state, child, "queued", blocked=False)
+        assert (await state.followers("p", "", 9), await state.parents("c")) == ([], {})
+
+    async def test_overdue(self, state: State) -> None:
+        """Blocked jobs of which something has ended, in pages by id."""
+        p, _ = await start_all(state, [a_job("p"), a_job("q")])
+        for child, parent in (("c1", "p"), ("c2", "q"), ("c3", "p")):
+            await start(state, a_job(child, state="scheduled", after=(parent,), blocked=True))
+        assert await state.overdue("", 9) == []
+        await move(state, p, "succeeded")
+        assert await state.overdue("", 1) == ["c1"]
+        assert await state.overdue("c1", 9) == ["c3"]
+
+    @pytest.mark.parametrize("parent", ["nobody", "bobs"])
+    async def test_what_is_waited_for_must_be_there(self, state: State, parent: str) -> None:
+        """A job that waits for none of the owner's is not made."""
+        await start_all(state, [a_job("p"), a_job("bobs", owner="bob")])
+        child = a_job("c", state="scheduled", after=("p", parent), blocked=True)
+        with pytest.raises(SluiceError, match=parent):
+            await start(state, child)
+        assert await state.get("c") is None
+        assert await state.followers("p", "", 9) == []
+
+    async def test_the_clock_leaves_a_blocked_job_alone(self, state: State) -> None:
+        """Its time counts once it waits for nobody."""
+        await start(state, a_job("p"))
+        child = await start(
+            state, a_job("c", state="scheduled", after=("p",), blocked=True, not_before=100)
+        )
+        assert await state.due(200) == ([], None)
+        await move(state, child, "scheduled", blocked=False)
+        assert ids((await state.due(200))[0]) == ["c"]
+
+    async def test_a_follower_is_made_with_its_job(self, state: State) -> None:
+        """Both or neither, each with its number and its first event."""
+        first = a_job("p", state="running")
+        child = a_job("c", state="scheduled", after=("p",), blocked=True)
+        made, _ = await state.create(
+            first, its_event(first), live_name="n", follower=(child, its_event(child), "then/p")
+        )
+        assert (await the(state, "c")).h == made.h + 1
+        assert await state.parents("c") == {"p": None}
+        assert [entry[1:] for entry in await log_of(state)] == [
+            ("p", 1, "running"),
+            ("c", 1, "scheduled"),
+        ]
+        holder = await state.holder(child.owner, "then/p")
+        assert holder is not None
+        assert holder.id == "c"
+        again, other = a_job("p2"), a_job("c2", state="scheduled", after=("p2",), blocked=True)
+        await state.create(
+            again, its_event(again), live_name="n", follower=(other, its_event(other), "then/p2")
+        )
+        assert (await state.get("p2"), await state.get("c2")) == (None, None)
+        broken = a_job("c3", state="scheduled", after=("nobody",), blocked=True)
+        with pytest.raises(SluiceError):
+            await state.create(
+                again, its_event(again), follower=(broken, its_event(broken), "then/x")
+            )
+        assert (await state.get("p2"), await state.get("c3")) == (None, None)
+
+    async def test_states_of_an_owners_jobs(self, state: State) -> None:
+        """Those that there are, and no other owner's."""
+        await start_all(state, [a_job("p"), a_job("q", state="failed"), a_job("r", owner="bob")])
+        assert await state.states(["p", "q", "r", "s"], "ann") == {"p": "queued", "q": "failed"}
+        assert await state.states([], "ann") == {}
+
+    async def test_how_many_wait(self, state: State) -> None:
+        """Queued and scheduled jobs of each owner that has some."""
+        await start_all(
+            state,
+            [
+                a_job("a"),
+                a_job("b", state="scheduled", kind="other"),
+                a_job("c", state="paused"),
+                a_job("d", owner="bob"),
+                a_job("e", owner="cid", state="running"),
+            ],
+        )
+        assert await state.waiting() == {"ann": 2, "bob": 1}
 
 
 def cells() -> st.SearchStrategy[list[dict[str, str]]]:
@@ -836,13 +1094,22 @@ class Finding:
         """The place in the queue is the place in the order of claims."""
         dice = random.Random(5)
         jobs = [
-            a_job(f"{i}", priority=dice.randrange(3), rank=dice.randrange(3), owner=f"o{i % 3}")
-            for i in range(30)
+            a_job(
+                f"{i}",
+                priority=dice.randrange(3),
+                rank=dice.randrange(-1, 3),
+                owner=f"o{dice.randrange(4)}",
+                kind=dice.choice(["a", "b"]),
+            )
+            for i in range(60)
         ]
         made = await start_all(state, jobs)
         await start(state, a_job("running", state="running", priority=9))
-        order = sorted(made, key=lambda job: (-job.priority, job.rank, job.h))
-        assert [await state.ahead(job) for job in order] == list(range(30))
+        before = await state.claim(["a", "b"], 3)  # the next turn is not the first owner's
+        made = [job for job in made if job.id not in ids(before)]
+        told = {job.id: await state.ahead(job) for job in made}
+        order = await state.claim(["a", "b"], 60)
+        assert [told[job.id] for job in order] == list(range(57))
 
     async def test_ahead_stops_counting(self, state: State) -> None:
         """Beyond a thousand the place in the queue is no longer exact."""

@@ -49,6 +49,10 @@ class TestClaiming(suite.Claiming):
     """Over every backend."""
 
 
+class TestChaining(suite.Chaining):
+    """Over every backend."""
+
+
 class TestFinding(suite.Finding):
     """Over every backend."""
 

@@ -463,6 +463,61 @@ async def slower(
     return (base_s, found_s) if found_s > enough_s else None
 
 
+def steps_of(state: SqliteState, call: Callable[[], Any]) -> int:
+    """How many steps of SQLite's machine a call takes: the same on every machine."""
+    n = 0
+
+    def count() -> int:
+        nonlocal n
+        n += 1
+        return 0
+
+    state._con.set_progress_handler(count, 1)
+    try:
+        call()
+    finally:
+        state._con.set_progress_handler(None, 1)
+    return n
+
+
+QUEUE = """
+WITH RECURSIVE i(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM i WHERE n < :rows)
+INSERT INTO jobs (id, owner, client, kind, name, state, version, fence, incarnation, priority,
+    rank, live, doc)
+SELECT :id || n, iif(:owners = 1, 'ann', 'o' || (n % :owners)), '', :kind, '', 'queued', 1, 0, 1,
+    :priority, n, 1, :doc FROM i"""
+
+
+class TestLongQueues:
+    """A claim costs what it takes, not what it passes over."""
+
+    @pytest.mark.parametrize("owners", [1, 300])
+    @pytest.mark.parametrize("room", [{}, {"full": 0}, {"full": 1}])
+    async def test_a_claim_seeks(self, tmp_path: Path, owners: int, room: dict[str, int]) -> None:
+        """Long lines, many owners, a full kind in front: as many steps as in a short queue."""
+        steps = []
+        for rows in (50 + 2 * owners, 3_000 + 10 * owners):
+            state = SqliteState(tmp_path / f"{rows}.db", "never")
+            await state.open()
+            doc = msgspec.json.encode(a_job("big"))
+            for kind, priority in (("full", 9), ("count", 5), ("foreign", 5)):
+                values = {"kind": kind, "priority": priority, "owners": owners, "doc": doc}
+                state._con.execute("BEGIN")
+                state._con.execute(QUEUE, values | {"rows": rows, "id": kind})
+                state._con.execute("COMMIT")
+            await state.claim(["full", "count"], 8, room=room, owner_slots=4, busy={"o7": 4})
+
+            def claim(state: SqliteState = state) -> None:
+                found = state._lines.take(
+                    state._con, 1, ["full", "count"], room, 4, {"o1": 4, "o2": 4}
+                )
+                assert len(list(found)) == 1
+
+            steps.append(steps_of(state, claim))
+            await state.close()
+        assert max(steps) < 1.2 * min(steps) < 1000
+
+
 class TestManyJobs:
     """A long past does not slow the present."""
 
