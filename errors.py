@@ -65,6 +65,7 @@ CATALOGUE: dict[str, Entry] = {
     "not-found": Entry(404, "Nothing is there", False, "Check the address."),
     "job-unknown": Entry(404, "No such job", False, "GET /v1/jobs lists the jobs."),
     "file-unknown": Entry(404, "No such file", False, "GET /v1/files lists the files."),
+    "table-unknown": Entry(404, "No such table", False, "GET /v1/tables lists the tables."),
     "upload-unknown": Entry(404, "No such unfinished upload", False, "Start it again."),
     "content-unknown": Entry(
         404, "The job makes no such file", False, "GET the job: it names what it has made."

@@ -57,7 +57,6 @@ from jobs.trial import Ground
 from jobs.uploads import Limits as UploadLimits
 from jobs.uploads import Uploads
 from storage import Blobs, State, open_blobs, open_state
-from storage.tables import Tables
 
 log = logging.getLogger("sluice")
 
@@ -76,7 +75,6 @@ class Parts:
 
     state: State
     blobs: Blobs
-    tables: Tables
     services: Services
     runners: Runners
 
@@ -114,7 +112,6 @@ async def assembled(config: Config, kinds: Registry | None = None) -> AsyncItera
     await blobs.open()
     state = open_state(f"sqlite://{folder / 'state.db'}", config.durability, config.keep_events)
     boot = await state.open()
-    tables = Tables(folder / "tables.db")
     manager = Manager(
         state,
         Registry.load(config.kinds) if kinds is None else kinds,
@@ -137,7 +134,6 @@ async def assembled(config: Config, kinds: Registry | None = None) -> AsyncItera
         state,
         blobs,
         files,
-        tables,
         warm_s=config.warm_s,
         children=children,
         child_grace_s=config.child_grace_s,
@@ -189,11 +185,10 @@ async def assembled(config: Config, kinds: Registry | None = None) -> AsyncItera
     )
     try:
         await children.open()
-        yield Parts(state, blobs, tables, services, runners)
+        yield Parts(state, blobs, services, runners)
     finally:
         await children.close()
         await blobs.close()
-        await tables.close()
         await state.close()
 
 

@@ -19,7 +19,6 @@ from jobs.states import FINAL
 from storage import Boot, By, Job
 from storage.blobs_local import LocalBlobs
 from storage.state_sqlite import SqliteState
-from storage.tables import Tables
 
 OWNER = "local"
 
@@ -58,10 +57,9 @@ async def domain(folder: Path, limits: Limits, *kinds: Kind) -> AsyncIterator[Do
     blobs, state = LocalBlobs(folder), SqliteState(folder / "state.db")
     await blobs.open()
     boot = await state.open()
-    tables = Tables(folder / "tables.db")
     manager = Manager(state, Registry(kinds), boot, limits)
     files, children = Files(state, blobs), Children(folder)
-    Runners(manager, state, blobs, files, tables, warm_s=30.0, children=children)
+    Runners(manager, state, blobs, files, warm_s=30.0, children=children)
     await manager.recover()
     manager.open()
     try:
@@ -69,5 +67,4 @@ async def domain(folder: Path, limits: Limits, *kinds: Kind) -> AsyncIterator[Do
     finally:
         await manager.close(1.0)
         await blobs.close()
-        await tables.close()
         await state.close()

@@ -21,7 +21,8 @@ import msgspec
 
 from errors import SluiceError
 from jobs.kinds import Check
-from jobs.zips import PLAIN, ZIP, Zips
+from jobs.tables import TABLE, Table
+from jobs.zips import ZIP, Zips
 from storage import Blobs, File, Page, Reader, State
 
 log = logging.getLogger("sluice.files")
@@ -115,13 +116,24 @@ class Files:
             return []
         return await self._zips.checks(file, skip, limit)
 
+    async def table(self, file: File) -> Table:
+        """Open a table for its rows, as ``reader``. Raises table-unknown."""
+        if file.layout != TABLE:
+            raise SluiceError("table-unknown", f"{file.name} is a file, but no table.")
+        reader = await self._blobs.reader(file.id, file.name)
+        try:
+            return Table(reader)
+        except BaseException:
+            await reader.close()
+            raise
+
     async def digested(self, file: File, *, asked: bool) -> File:
         """The file with its digests, if they can be told soon.
 
         What has none so far is hashed, once, if it is small or if somebody asks for it. The answer
         waits for that up to 256 MiB; of a larger file the next one will have the digests.
         """
-        if "sha-256" in file.digest or file.layout != PLAIN:
+        if "sha-256" in file.digest or file.layout == ZIP:
             return file
         if file.bytes > _SMALL_BYTES and not asked:
             return file

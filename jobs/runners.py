@@ -30,12 +30,14 @@ import msgspec
 from errors import SluiceError
 from jobs.children import Child, Children, Limits
 from jobs.files import Files, clean_name, media_type_of, now_ms, uuid7
-from jobs.kinds import Check, JobCancelled, JobPaused, Kind
+from jobs.kinds import Check, Column, JobCancelled, JobPaused, Kind
 from jobs.manager import Glance, Grown, Manager
 from jobs.programs import Program, artifact_handler, pipe_to
 from jobs.progress import Meter
 from jobs.remote import run_in_child
 from jobs.states import FINAL, RUNNING, SUCCEEDED, Input
+from jobs.tables import MEDIA_TYPE as TABLE_TYPE
+from jobs.tables import TABLE, Table
 from jobs.zips import MEDIA_TYPE, PLAIN, ZIP, Layout, Names, ZipDraft, load
 from storage import (
     Artifact,
@@ -51,7 +53,7 @@ from storage import (
     Undo,
     Writer,
 )
-from storage.tables import Tables
+from storage.tables import TableFile, check_columns, flat
 
 log = logging.getLogger("sluice.runners")
 
@@ -141,6 +143,9 @@ class _Files:
         await self._files.get(file_id, self._owner)
         await self._files.keep_digests({file_id: digests})
 
+    async def table(self, file_id: str) -> Table:
+        return await self._files.table(await self._files.get(file_id, self._owner))
+
 
 class _Artifact:
     """A file in the making; its length at the last checkpoint is what a resume cuts it to."""
@@ -152,7 +157,7 @@ class _Artifact:
         media_type: str,
         expires_s: float | None,
         layout: str,
-        writer: Writer,
+        made_by: Writer | _Table,
         offset: int,
     ) -> None:
         self.blob = blob
@@ -160,26 +165,90 @@ class _Artifact:
         self.media_type = media_type
         self.expires_s = expires_s
         self.layout = layout
-        self.writer = writer
+        self.table = made_by if isinstance(made_by, _Table) else None
+        self.writer = None if isinstance(made_by, _Table) else made_by
         self.offset = offset
         self.zip: ZipDraft | None = None  # once it was opened as that
 
     async def write(self, data: bytes | memoryview) -> int:
+        assert self.writer is not None
         self.offset = await self.writer.write(memoryview(data))
         return self.offset
 
+    async def sync(self) -> None:
+        """Force its bytes to the disk; a table needs no sync to be committed."""
+        if self.writer is not None:
+            await self.writer.sync()
 
-class _Tables:
-    """Rows of one process in tables.db."""
+    async def close(self) -> None:
+        if self.writer is not None:
+            await self.writer.close()
+        if self.table is not None:
+            self.table.close()
 
-    def __init__(self, process: Process, tables: Tables) -> None:
+
+class _Table:
+    """A table in the making, see kinds.TableWriter.
+
+    It remembers the cursor of the last rows: what is committed is that, whatever other cursor the
+    process has told since.
+    """
+
+    def __init__(self, process: Process, file: TableFile) -> None:
         self._process = process
-        self._tables = tables
+        self._file = file
+        self._at: tuple[Any, dict[str, int]] | None = None  # what is not committed so far
+        self._calls = 0
 
-    async def write(self, table: str, rows: Sequence[Mapping[str, object]], cursor: Any) -> None:
-        mark = await self._process.mark(cursor)
-        await self._tables.write(self._process.job_id, table, rows, mark)
-        self._process.sure(mark, by_table=True)
+    @property
+    def columns(self) -> list[Column]:
+        return [Column(name, type) for name, type in self._file.columns]
+
+    @property
+    def rows(self) -> int:
+        return self._file.rows
+
+    def begin(self, columns: Sequence[Column], about: Mapping[str, Any], mark: Any) -> None:
+        self._file.begin(columns, about, mark)
+
+    async def write(self, rows: Sequence[Sequence[Any]], cursor: Any) -> None:
+        await self.write_cells(flat(rows, len(self._file.columns)), cursor)
+
+    async def write_cells(self, cells: Sequence[Any], cursor: Any) -> None:
+        self._file.add(cells)
+        self._calls += 1
+        self._at = cursor, self._process.wrote(cursor)
+        if self._file.due:
+            await self.commit()
+
+    async def commit(self) -> None:
+        """Commit what was written, with its cursor and the artefacts' lengths at it."""
+        if (mark := await self._mark()) is not None:
+            self._file.commit(mark)
+            self._at = None
+            self._process.sure(mark, by_table=True)
+
+    async def _mark(self) -> dict[str, Any] | None:
+        """What belongs to the last rows; more of them may come while the artefacts are synced."""
+        while self._at is not None:
+            calls = self._calls
+            mark = await self._process.make_mark(*self._at)
+            if calls == self._calls:
+                return mark if self._at is not None else None
+        return None
+
+    async def finish(self) -> None:
+        """No rows follow: make it one file."""
+        await self.commit()
+        self._file.finish(self._file.mark)
+
+    @property
+    def lost(self) -> bool:
+        """Rows were lost: only a new frame can go on, from the last commit."""
+        return self._file.lost
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class Process:
@@ -193,7 +262,6 @@ class Process:
         self.owner = job.owner
         self.attempt = job.attempt
         self.files = _Files(runners.files, runners.state, job.owner)
-        self.tables = _Tables(self, runners.tables)
         self.meter = Meter(kind.unit, job.progress)
         self.fence = job.fence
         self.want = "run"
@@ -204,6 +272,7 @@ class Process:
         self._artifacts: dict[str, _Artifact] = {}
         self._offsets: dict[str, int] = {}  # of the artefacts, at the last cursor
         self._sure: dict[str, Any] = _artifacts(kind, job)  # what a resume finds, whatever happens
+        self._base: dict[str, Any] | None = None  # where it stood when its table was begun
         self._by_table = False  # a cursor that came with rows wins over those that are saved here
         self._journal = list(job.undo)
         self._lines: list[str] = []
@@ -274,9 +343,14 @@ class Process:
             return self._artifacts[name]
         known = self._mark.get("artifacts", {}).get(name)
         blob, offset = (known["blob"], known["bytes"]) if known else (uuid7(), 0)
-        writer = await self._runners.blobs.writer(blob, self.fence, offset=offset)
+        blobs = self._runners.blobs
+        made_by: Writer | _Table
+        if layout == TABLE:
+            made_by = _Table(self, TableFile(await blobs.place(blob)))
+        else:
+            made_by = await blobs.writer(blob, self.fence, offset=offset)
         media_type = media_type or media_type_of(name)
-        made = _Artifact(blob, name, media_type, expires_s, layout, writer, offset)
+        made = _Artifact(blob, name, media_type, expires_s, layout, made_by, offset)
         self._artifacts[name] = made
         self._offsets[name] = offset
         await self._save_cursor()  # so that the blob is known before it has bytes
@@ -379,6 +453,29 @@ class Process:
             self._set_cursor(cursor)
         self.meter.mark(**marks)
 
+    async def table(
+        self,
+        name: str,
+        columns: Sequence[Column],
+        *,
+        about: Mapping[str, Any] | None = None,
+        expires_s: float | None = None,
+    ) -> _Table:
+        name = clean_name(name, "name")
+        for other, known in self._mark.get("artifacts", {}).items():
+            if known.get("layout") == TABLE and other != name:
+                raise TypeError(f"{self._kind.name} makes a second table; a job makes one")
+        check_columns(columns)
+        made = await self.artifact(name, TABLE_TYPE, expires_s=expires_s, layout=TABLE)
+        if made.table is None:
+            raise TypeError(f"{self._kind.name} has made {name} as something else")
+        if not made.table.columns:
+            self._base = self._mark
+            made.table.begin(columns, about or {}, self._mark)
+        if made.table.columns != list(columns):
+            raise SluiceError("kind-failed", f"The table {name} had other columns before.")
+        return made.table
+
     # For the driver
 
     def wake(self, want: str) -> None:
@@ -394,10 +491,10 @@ class Process:
         self.parked = False
         self.wake("run")
 
-    async def mark(self, cursor: Any) -> dict[str, Any]:
-        """A new cursor with what belongs to it, to be committed with the rows it stands for."""
+    def wrote(self, cursor: Any) -> dict[str, int]:
+        """Rows were written up to a new cursor; the artefacts' lengths at it."""
         self._set_cursor(cursor)
-        return await self._make_mark()
+        return self._offsets
 
     def sure(self, mark: dict[str, Any], *, by_table: bool = False) -> None:
         """A mark was committed, so no resume cuts the artefacts shorter than it says."""
@@ -463,7 +560,8 @@ class Process:
             try:
                 await self._save_cursor()
             except SluiceError as error:
-                if error.code == "kind-failed":
+                tables = [artifact.table for artifact in self._artifacts.values()]
+                if error.code == "kind-failed" or any(t is not None and t.lost for t in tables):
                     raise
                 log.warning("job %s can't pause yet: %s", self.job_id, error)
                 await self._wait_s(_AGAIN_S)
@@ -499,40 +597,55 @@ class Process:
             self._offsets = {name: a.offset for name, a in self._artifacts.items()}
 
     async def _save_cursor(self) -> None:
-        """Make the cursor durable, with what belongs to it."""
+        """Make the cursor durable, with what belongs to it.
+
+        Where there is a table, its cursor counts; the row keeps the one from before the table, for
+        the case that a power cut takes all of the table.
+        """
         self._dirty = False
-        mark = await self._make_mark()
+        for artifact in list(self._artifacts.values()):
+            if artifact.table is not None:
+                await artifact.table.commit()
+        if self._base is None:
+            mark = await self.make_mark(self.cursor, self._offsets)
+        else:
+            mark = self._base | {"artifacts": _cut_to(self._known(self._offsets), self._base)}
         await self._runners.state.save(
             self.job_id, self.fence, cursor=mark, progress=self.meter.progress()
         )
         self.sure(mark)
 
-    async def _make_mark(self) -> dict[str, Any]:
-        """The cursor and the artefacts' lengths at it; also of those not opened again so far."""
+    def _known(self, offsets: Mapping[str, int]) -> dict[str, Any]:
+        """The artefacts with these lengths; also those that were not opened again so far."""
         opened = {
             name: {
                 "blob": artifact.blob,
-                "bytes": self._offsets.get(name, 0),
+                "bytes": offsets.get(name, 0),
                 "media_type": artifact.media_type,
                 "expires_s": artifact.expires_s,
                 "layout": artifact.layout,
             }
             for name, artifact in self._artifacts.items()
         }
-        mark = {
+        known: dict[str, Any] = self._mark.get("artifacts", {})
+        return known | opened
+
+    async def make_mark(self, cursor: Any, offsets: Mapping[str, int]) -> dict[str, Any]:
+        """A cursor and the artefacts' lengths at it, which are on the disk then."""
+        mark: dict[str, Any] = {
             "v": self._kind.cursor_version,
-            "cursor": self.cursor,
-            "artifacts": self._mark.get("artifacts", {}) | opened,
+            "cursor": cursor,
+            "artifacts": self._known(offsets),
         }
         try:
-            size = len(msgspec.json.encode(self.cursor))
+            size = len(msgspec.json.encode(cursor))
         except (TypeError, ValueError) as error:
             raise SluiceError("kind-failed", f"The cursor is no JSON: {error}.") from error
         if size > _CURSOR_BYTES:
             raise SluiceError("kind-failed", "The cursor is longer than 64 KiB.")
         self._mark = mark
         for artifact in list(self._artifacts.values()):
-            await artifact.writer.sync()
+            await artifact.sync()
         return mark
 
     async def _run(self) -> None:
@@ -606,33 +719,43 @@ class Process:
 
     async def _prepare(self) -> None:
         """Find where to go on; where rows were written, the cursor that came with them wins."""
-        if "tables" in self._kind.needs:
-            found, mark = await self._runners.tables.cursor(self.job_id)
-            if found:  # of artefacts that were opened after it, nothing counts
-                known = self._mark.get("artifacts", {})
-                unknown = {name: artifact | {"bytes": 0} for name, artifact in known.items()}
-                self._mark = mark | {"artifacts": unknown | mark["artifacts"]}
-                self.cursor = mark["cursor"]
-                self.sure(self._mark, by_table=True)
         if not self._kind.resumable:
             for artifact in self._mark.get("artifacts", {}).values():
                 await self._runners.blobs.discard(artifact["blob"])
             self.cursor, self._mark = None, {}
+        await self._find_table()
         if self._mark and self._mark.get("v") != self._kind.cursor_version:
             raise SluiceError("cursor-incompatible")
+
+    async def _find_table(self) -> None:
+        known = self._mark.get("artifacts", {})
+        for table in known.values():
+            if table.get("layout") != TABLE:
+                continue
+            mark = TableFile.found(await self._runners.blobs.place(table["blob"]))
+            if mark is None:
+                continue
+            self._base = self._mark
+            self._mark = mark | {"artifacts": _cut_to(known, mark) | mark["artifacts"]}
+            self.cursor = mark["cursor"]
+            self.sure(self._mark, by_table=True)
 
     async def _finish(self, data: dict[str, Any]) -> None:
         files, artifacts = [], []
         for name, known in self._mark.get("artifacts", {}).items():
             expires_s = known.get("expires_s")
-            if known.get("layout") == ZIP:
+            layout = known.get("layout", PLAIN)
+            if layout == ZIP:
                 await self.zip(name, expires_s=expires_s)
             else:
-                await self.artifact(name, known["media_type"], expires_s=expires_s)
+                await self.artifact(name, known["media_type"], expires_s=expires_s, layout=layout)
+        for artifact in self._artifacts.values():
+            if artifact.table is not None:  # its last commit syncs the others, so it comes first
+                await self._seal(artifact.blob, artifact.table)
         for artifact in self._artifacts.values():
             zip_bytes = await artifact.zip.finish() if artifact.zip is not None else None
-            await artifact.writer.sync()
-            await artifact.writer.close()
+            await artifact.sync()
+            await artifact.close()
             size = await self._runners.blobs.publish(artifact.blob, artifact.name)
             size = size if zip_bytes is None else zip_bytes
             published = now_ms()
@@ -659,17 +782,28 @@ class Process:
                 )
             )
         await self._flush_log()
+        main = [file for file in files if file.layout == TABLE] or files
         done = await self._tell(
             Input.FINISH,
             fence=self.fence,
             files=files,
-            result=Result(file=files[0].id if len(files) == 1 else None, data=data),
+            result=Result(file=main[0].id if len(main) == 1 else None, data=data),
             artifacts=tuple(artifacts),
         )
         if done is not None and done.state == SUCCEEDED:
             self._artifacts.clear()
         for artifact in self._artifacts.values():  # the end came too late
             await self._runners.blobs.unpublish(artifact.blob)
+
+    async def _seal(self, blob: str, table: _Table) -> None:
+        """Make a table one file, and force it to the disk."""
+        blobs = self._runners.blobs
+        await table.finish()
+        writer = await blobs.writer(blob, self.fence, offset=await blobs.size(blob) or 0)
+        try:
+            await writer.sync()
+        finally:
+            await writer.close()
 
     async def _fail(self, error: SluiceError) -> None:
         self.over = True
@@ -679,7 +813,7 @@ class Process:
     async def _let_go(self) -> None:
         """Close everything; a job that was ended by force meanwhile leaves no artefacts."""
         for artifact in self._artifacts.values():
-            await artifact.writer.close()
+            await artifact.close()
         if self._folder is not None:
             await self._runners.children.remove_folder(self._folder)
         if self._runners.closed:
@@ -711,7 +845,6 @@ class Runners:
         state: State,
         blobs: Blobs,
         files: Files,
-        tables: Tables,
         *,
         warm_s: float,
         children: Children,
@@ -721,7 +854,6 @@ class Runners:
         self.state = state
         self.blobs = blobs
         self.files = files
-        self.tables = tables
         self.warm_s = warm_s
         self.children = children
         self.child_grace_s = child_grace_s
@@ -901,11 +1033,17 @@ def _blobs(job: Job) -> list[str]:
 
 
 def _artifacts(kind: Kind | None, job: Job) -> dict[str, Any]:
-    """The artefacts in a job's row; none where the row's cursor is not the one that counts."""
-    if kind is None or not kind.resumable or "tables" in kind.needs:
+    """The artefacts in a job's row; none where nothing of them will be used again."""
+    if kind is None or not kind.resumable:
         return {}
     known: dict[str, Any] = (job.cursor or {}).get("artifacts", {})
     return known
+
+
+def _cut_to(known: Mapping[str, Any], mark: Mapping[str, Any]) -> dict[str, Any]:
+    """Artefacts with the lengths that they have in a mark; what is not in it has nothing."""
+    lengths = {name: artifact["bytes"] for name, artifact in mark.get("artifacts", {}).items()}
+    return {name: artifact | {"bytes": lengths.get(name, 0)} for name, artifact in known.items()}
 
 
 async def _undo(kind: Kind | None, entry: Undo) -> bool:

@@ -436,7 +436,7 @@ class ZipDraft:
     async def add(self, name: str) -> None:
         """See ZipWriter."""
         file = await self._find(name)
-        if file.layout != PLAIN:
+        if file.layout == ZIP:
             detail = f"{file.name} is an archive itself; put its files into this one."
             raise SluiceError("invalid-field", detail, field="params.files")
         await self._blobs.link(self._blob_id, file.id, file.name)

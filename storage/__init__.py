@@ -162,8 +162,9 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, rename={"from_": "from"})
 class File(msgspec.Struct, frozen=True, kw_only=True):
     """One stored, immutable version of a named file. ``id`` is its blob's id too.
 
-    ``layout`` says what the blob holds: the file's bytes (``plain``), or what they are made of when
-    they are read (``zip``, see jobs/zips.py). ``bytes`` is what a reader gets, either way.
+    ``layout`` says what the blob holds: the bytes (``plain``), those of a table that can also be
+    asked for its rows (``table``, see storage/tables.py), or what they are made of when they are
+    read (``zip``, see jobs/zips.py). ``bytes`` is what a reader gets, in any case.
     """
 
     id: str
@@ -606,8 +607,19 @@ class Blobs(Protocol):
         """The bytes of an unfinished blob, or None."""
         ...
 
+    async def place(self, blob_id: str) -> Path:
+        """Where an unfinished blob lies on this machine, for a library that writes files by itself.
+
+        Nothing is made there. Files beside it whose names go on with ``-`` (SQLite's journals) are
+        its *side files*: they are kept, swept and discarded with it.
+        """
+        ...
+
     async def publish(self, blob_id: str, name: str) -> int:
-        """Make an unfinished blob final under ``name``, at once and durably; its bytes."""
+        """Make an unfinished blob final under ``name``, at once and durably; its bytes.
+
+        A side file that is not empty means that the blob is not whole: storage-failed.
+        """
         ...
 
     async def unpublish(self, blob_id: str) -> bool:

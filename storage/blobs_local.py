@@ -1,9 +1,9 @@
 """Bytes in one folder of this machine.
 
-Layout: ``tmp/<id>`` grows; ``uploads/<id>/<name>`` is published and never changes;
-``members/<id>/<other id>`` is a hard link to another blob's bytes, which stay until both names are
-gone. All lie on one file system, so that publishing is an atomic rename (the system's own temporary
-folder often is another one, and there a rename would be a copy).
+Layout: ``tmp/<id>`` grows, and ``tmp/<id>-wal`` and the like belong to it; ``uploads/<id>/<name>``
+is published and never changes; ``members/<id>/<other id>`` is a hard link to another blob's bytes,
+which stay until both names are gone. All lie on one file system, so that publishing is an atomic
+rename (the system's own temporary folder often is another one, and there a rename would be a copy).
 
 Strategy. Calls are synchronous system calls of at most 1 MiB; nothing here waits, and there are no
 threads. Written pages are handed to the disk at once (``sync_file_range``, *write-behind*), so that
@@ -43,6 +43,7 @@ _PROBE_BYTES = 4096
 
 _GONE = "Stored bytes of the upload are gone."
 _MEMBERS = ".members"  # how a folder in tmp/ ends whose members are to be removed
+_SIDES = ("-journal", "-wal", "-shm")  # what SQLite keeps beside a database
 _SLICE_S = 0.002  # of removing small files between two turns of the loop
 
 _SYNC_FILE_RANGE_WRITE = 2
@@ -233,11 +234,24 @@ class LocalBlobs:
         except OSError as error:
             raise refusal(error) from error
 
+    async def place(self, blob_id: str) -> Path:
+        """See the contract."""
+        return self._tmp / blob_id
+
+    def _drop_sides(self, blob_id: str, *, empty: bool) -> None:
+        """Remove the side files of a blob; with ``empty``, refuse if one of them has bytes."""
+        for side in _SIDES:
+            path = self._tmp / f"{blob_id}{side}"
+            if empty and path.exists() and path.stat().st_size:
+                raise SluiceError("storage-failed", "A part of the blob lies beside it.")
+            self._unlink(path)
+
     async def publish(self, blob_id: str, name: str) -> int:
         """See the contract. The folder entries are forced to the disk as well."""
         unfinished, folder = self._tmp / blob_id, self._uploads / blob_id
         try:
             size = unfinished.stat().st_size
+            self._drop_sides(blob_id, empty=True)
             folder.mkdir(exist_ok=True)
             if os.listdir(folder):  # a rename would replace bytes that never change
                 raise SluiceError("storage-failed", "The blob has been published before.")
@@ -393,6 +407,7 @@ class LocalBlobs:
     async def discard(self, blob_id: str) -> None:
         """See the contract. The name is gone when this returns; the space follows in slices."""
         folder = self._uploads / blob_id
+        self._drop_sides(blob_id, empty=False)
         self._unlink(self._tmp / blob_id)
         with suppress(OSError):
             for name in os.listdir(folder):
@@ -520,9 +535,10 @@ class LocalBlobs:
         try:
             with os.scandir(self._tmp) as entries:
                 for entry in entries:
-                    if entry.name not in keep and entry.is_file(follow_symlinks=False):
+                    blob_id = _blob_of(entry.name)
+                    if blob_id not in keep and entry.is_file(follow_symlinks=False):
                         self._unlink(self._tmp / entry.name)
-                        swept += 1
+                        swept += blob_id == entry.name
                     elif entry.name.endswith(_MEMBERS) and Path(entry.path) not in self._emptied:
                         self._emptied.add(Path(entry.path))
                         self._spawn(self._empty(Path(entry.path)))
@@ -589,6 +605,14 @@ class LocalBlobs:
     def _absent(self, error: OSError, code: str, detail: str) -> SluiceError:
         """A file is missing: it alone, or the whole folder with it (a disk that is not there)?"""
         return SluiceError(code, detail) if self._tmp.is_dir() else refusal(error)
+
+
+def _blob_of(name: str) -> str:
+    """The blob that a name in tmp/ belongs to: its own, or the one that it is a side file of."""
+    for side in _SIDES:
+        if name.endswith(side):
+            return name[: -len(side)]
+    return name
 
 
 def _inode(fd: int) -> tuple[int, int]:

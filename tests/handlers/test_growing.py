@@ -842,9 +842,10 @@ def test_what_a_resume_would_cut_off_is_not_served(tmp_path: Path, rows: bool) -
     site = Server(tmp_path / "data", "--warm-s", "0.1")
     code = LINES.format(resumable=True, cursor="at" if rows else "None if at == 2 else at")
     if rows:
-        write = "        if at != 2: await ctx.tables.write('t', [{'n': at}], at)\n"
+        write = "        table = await ctx.table('t', [Column('n', 'integer')])\n"
+        write += "        if at != 2: await table.write([[at]], at)\n"
         code = code.replace("        await ctx.checkpoint", f"{write}        await ctx.checkpoint")
-        code += "\nNEEDS = frozenset({'tables'})\n"
+        code = code.replace("import msgspec", "import msgspec\nfrom jobs.kinds import Column", 1)
     kind = tmp_path / "lines_kind.py"
     kind.write_text(code)
     site.env = {"SLUICE_KINDS": str(kind)}
@@ -855,8 +856,7 @@ def test_what_a_resume_would_cut_off_is_not_served(tmp_path: Path, rows: bool) -
         once(site, job.content, lambda answer: answer.body == lines(1))
         job.step(2)
         eventually(lambda: site.job(job.id)["progress"]["done"] == 2, "the second is written")
-        (blob,) = (site.folder / "tmp").iterdir()
-        assert blob.read_bytes() == lines(1, 2)
+        assert lines(1, 2) in [blob.read_bytes() for blob in (site.folder / "tmp").iterdir()]
         with reading(site, f"{job.content}?follow=1", Range="bytes=6-") as got:
             assert (got.status, got.take(1)) == (206, b"\n")
             site.post(f"/v1/jobs/{job.id}/pause")  # which saves its cursor

@@ -72,7 +72,6 @@ def test_kind_has_sensible_defaults() -> None:
     assert (kind.name, kind.unit, kind.runner, kind.cursor_version) == ("words", "steps", "lane", 1)
     assert kind.resumable
     assert not kind.exactly_once
-    assert kind.needs == frozenset()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import logging
 import random
-import sqlite3
 from collections.abc import Awaitable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -716,7 +715,7 @@ async def test_force_ends_the_grace(tmp_path: Path) -> None:
         await world.until(job_id, "cancelled", within_s=5)
 
 
-# ---- Artefacts, tables, log ----
+# ---- Artefacts, log ----
 
 
 async def test_artifact_survives_cold_pauses_byte_for_byte(tmp_path: Path) -> None:
@@ -825,89 +824,6 @@ async def test_new_artifact_is_not_swept_at_start(tmp_path: Path) -> None:
         for job_id in ids:
             await world.until(job_id, "succeeded", within_s=20)
         assert len(world.published()) == 250
-
-
-async def test_rows_are_written_exactly_once(tmp_path: Path) -> None:
-    """Rows commit with their cursor: killed in between, none is missing and none is there twice."""
-    bench = Bench()
-
-    async def fill(ctx: Any, params: Any) -> dict[str, Any]:
-        row = ctx.cursor or 0
-        while bench.ending != "finish":
-            await ctx.checkpoint(done=row)
-            await ctx.tables.write("numbers", [{"n": row}, {"n": row + 1}], row + 2)
-            row += 2
-            bench.at += 2
-            await ctx.sleep(0.001)
-        return {"rows": row}
-
-    kind = a_kind("fill", fill, NEEDS={"tables"}, EXACTLY_ONCE=True)
-    async with World(tmp_path, kind) as world:
-        job_id = await world.start("fill")
-        for _ in range(3):
-            await bench.moved(10)
-            await world.restart()
-        await bench.moved(10)
-        bench.ending = "finish"
-        job = await world.until(job_id, "succeeded")
-        assert job.result is not None
-    con = sqlite3.connect(tmp_path / "tables.db")
-    rows = [n for (n,) in con.execute("SELECT n FROM numbers ORDER BY rowid")]
-    con.close()
-    assert rows == list(range(job.result.data["rows"]))
-
-
-async def test_artifact_follows_the_cursor_of_the_rows(tmp_path: Path) -> None:
-    """A kind that writes rows and a file is killed: both go on from one and the same cursor."""
-    bench = Bench()
-
-    async def both(ctx: Any, params: Any) -> dict[str, Any]:
-        row = ctx.cursor or 0
-        file = await ctx.artifact("numbers.txt")
-        while bench.ending != "finish":
-            await file.write(b"%d\n" % row)
-            row += 1
-            await ctx.tables.write("numbers", [{"n": row}], row)
-            bench.at += 1
-            await ctx.sleep(0.001)
-        return {"rows": row}
-
-    async with World(tmp_path, a_kind("both", both, NEEDS={"tables"})) as world:
-        job_id = await world.start("both")
-        for _ in range(3):
-            await bench.moved(10)
-            await world.restart()
-        await bench.moved(10)
-        bench.ending = "finish"
-        job = await world.until(job_id, "succeeded")
-        assert job.result is not None
-        expected = b"".join(b"%d\n" % i for i in range(job.result.data["rows"]))
-        assert list(world.published().values()) == [expected]
-
-
-async def test_table_and_column_must_be_names(tmp_path: Path) -> None:
-    """What is no identifier is refused before anything is written."""
-    async with World(tmp_path) as world:
-        for table, row in (("a; DROP", {"n": 1}), ("fine", {'n"': 1})):
-            with pytest.raises(SluiceError, match="invalid-field"):
-                await world.tables.write("j1", table, [row], 1)
-        assert await world.tables.cursor("j1") == (False, None)
-        await world.tables.write("j1", "fine", [{"n": 1}], {"at": 1})
-        assert await world.tables.cursor("j1") == (True, {"at": 1})
-
-
-async def test_rows_that_do_not_fit_are_refused_whole(tmp_path: Path) -> None:
-    """A full disk keeps neither rows nor cursor, and is said so; with room again it goes on."""
-    async with World(tmp_path) as world:
-        await world.tables.write("j1", "t", [{"text": "first"}], 1)
-        con = world.tables._open()
-        (most,) = con.execute("PRAGMA max_page_count=8").fetchone()
-        with pytest.raises(SluiceError, match="disk-full"):
-            await world.tables.write("j1", "t", [{"text": "x" * 4096}] * most, 2)
-        assert await world.tables.cursor("j1") == (True, 1)
-        con.execute("PRAGMA max_page_count=100000")
-        await world.tables.write("j1", "t", [{"text": "second"}], 2)
-        assert con.execute("SELECT text FROM t").fetchall() == [("first",), ("second",)]
 
 
 async def test_log_lines_are_kept_in_order(tmp_path: Path) -> None:

@@ -23,7 +23,6 @@ from jobs.uploads import Uploads
 from storage import By, Event, Job, Writer
 from storage.blobs_local import LocalBlobs
 from storage.state_sqlite import SqliteState
-from storage.tables import Tables
 
 T = TypeVar("T")
 OWNER = "ann"
@@ -77,6 +76,11 @@ class MortalBlobs(LocalBlobs):
         return MortalWriter(
             self, await super().writer(blob_id, fence, offset=offset, length=length)
         )
+
+    async def place(self, blob_id: str) -> Path:
+        """See the contract."""
+        self._check()
+        return await super().place(blob_id)
 
     async def publish(self, blob_id: str, name: str) -> int:
         """See the contract."""
@@ -160,7 +164,6 @@ class World:
         self.state = MortalState(self.folder / "state.db")
         boot = await self.state.open()
         self.boot = boot
-        self.tables = Tables(self.folder / "tables.db")
         self.manager = Manager(self.state, Registry(self.kinds), boot, self.limits)
         self.files = Files(self.state, self.blobs)
         self.children = Children(self.folder)
@@ -170,7 +173,6 @@ class World:
             self.state,
             self.blobs,
             self.files,
-            self.tables,
             warm_s=self.warm_s,
             children=self.children,
             child_grace_s=self.child_grace_s,
@@ -185,7 +187,6 @@ class World:
         await self.manager.close(self.stop_s)
         await self.children.close()
         await self.blobs.close()
-        await self.tables.close()
         await self.state.close()
 
     async def crash(self) -> None:
@@ -195,7 +196,6 @@ class World:
             self.state.die()
             self.blobs.dead = True
             await self.children.close()
-            await self.tables.close()
             for timer in (*self.manager._alarms.values(), self.manager._due_timer):
                 if timer is not None:
                     timer.cancel()

@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 import random
 import zlib
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -545,6 +546,44 @@ class Removing:
         await put(blobs, "b1", b"left over")
         assert await blobs.sweep([]) == 1
         assert await content(blobs, "b1", "data.csv") == b"abc"
+
+
+class Placing:
+    """``place``: a blob that a library writes by itself."""
+
+    async def test_what_is_written_there_is_the_blob(self, blobs: Blobs) -> None:
+        """It is published as any other, and its empty side files go."""
+        path = await blobs.place("b1")
+        assert await blobs.size("b1") is None
+        path.write_bytes(b"abc")
+        Path(f"{path}-journal").touch()
+        assert await blobs.size("b1") == 3
+        assert await blobs.publish("b1", "data.db") == 3
+        assert await content(blobs, "b1", "data.db") == b"abc"
+        assert not Path(f"{path}-journal").exists()
+
+    @pytest.mark.parametrize("side", ["-wal", "-journal", "-shm"])
+    async def test_a_blob_in_two_parts_is_not_published(self, blobs: Blobs, side: str) -> None:
+        """As long as there are bytes beside it, it is not whole."""
+        path = await blobs.place("b1")
+        path.write_bytes(b"abc")
+        Path(f"{path}{side}").write_bytes(b"def")
+        with pytest.raises(SluiceError) as caught:
+            await blobs.publish("b1", "data.db")
+        assert caught.value.code == "storage-failed"
+        assert path.read_bytes() == b"abc"
+        assert Path(f"{path}{side}").read_bytes() == b"def"
+
+    async def test_side_files_go_with_the_blob(self, blobs: Blobs) -> None:
+        """``discard`` and ``sweep`` take them; ``sweep`` keeps those of a blob that it keeps."""
+        paths = [await blobs.place(f"b{i}") for i in range(3)]
+        for path in paths:
+            for side in ("", "-wal", "-journal"):
+                Path(f"{path}{side}").write_bytes(b"abc")
+        await blobs.discard("b0")
+        assert await blobs.sweep(["b1"]) == 1
+        left = sorted(path.name for path in paths[0].parent.iterdir())
+        assert left == ["b1", "b1-journal", "b1-wal"]
 
 
 class Joining:

@@ -1,19 +1,23 @@
 """Fill a disk, and see what each backend makes of it.
 
 Run as a program in a mount namespace of its own, with a small tmpfs on the folder that is named:
-``python -m tests.storage.full_disk blobs|state <folder>``. Whatever happens, the mount is gone with
-the process.
+``python -m tests.storage.full_disk blobs|state|tables <folder>``. Whatever happens, the mount is
+gone with the process.
 """
 
 import asyncio
+import shutil
 import sqlite3
+import subprocess
 import sys
 from collections.abc import Awaitable
 from contextlib import suppress
 from pathlib import Path
 
+import storage.tables
 from errors import SluiceError
 from storage import Blobs, File, Filter, Job, State, open_blobs, open_state
+from storage.tables import TableFile
 from tests.storage.rows import a_file, a_job, its_event, moved
 
 MIB = 1 << 20
@@ -120,5 +124,41 @@ async def state(folder: Path) -> None:
     await state.close()
 
 
+async def tables(folder: Path) -> None:
+    """Rows that do not fit are refused, and those that were committed can be gone on from."""
+    storage.tables._RESERVE_BYTES = 0  # else the disk would never be really full
+    path = folder / "table"
+    table = TableFile(path)
+    table.begin([("n", "integer"), ("text", "text")], {}, 0)
+    rows = 0
+    try:
+        while True:
+            table.add([cell for n in range(rows, rows + 50) for cell in (n, "x" * 999)])
+            table.commit(rows + 50)
+            rows += 50
+    except SluiceError as error:
+        assert error.code == "disk-full", error
+        assert str(folder) not in str(error)
+    table.close()
+    again = folder / "elsewhere"  # there is no room to put the log into the table
+    again.mkdir()
+    assert rows > 1000
+    subprocess.run(["mount", "-t", "tmpfs", "none", str(again)], check=True)
+    for side in ("", "-wal"):
+        shutil.copy(f"{path}{side}", again) if Path(f"{path}{side}").exists() else None
+    table = TableFile(again / "table")
+    assert table.rows == table.mark
+    assert table.mark in (rows, rows + 50)  # committed, before the log found no room in the table
+    rows = table.rows
+    table.add([rows, "more"])
+    table.finish(rows + 1)
+    con = sqlite3.connect(again / "table")
+    assert con.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+    assert con.execute("SELECT n FROM rows ORDER BY rowid").fetchall() == [
+        (n,) for n in range(rows + 1)
+    ]
+    con.close()
+
+
 if __name__ == "__main__":
-    asyncio.run({"blobs": blobs, "state": state}[sys.argv[1]](Path(sys.argv[2])))
+    asyncio.run({"blobs": blobs, "state": state, "tables": tables}[sys.argv[1]](Path(sys.argv[2])))

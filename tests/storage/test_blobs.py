@@ -41,6 +41,10 @@ class TestRemoving(suite.Removing):
     """Over every backend."""
 
 
+class TestPlacing(suite.Placing):
+    """Over every backend."""
+
+
 class TestJoining(suite.Joining):
     """Over every backend."""
 

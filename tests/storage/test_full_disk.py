@@ -15,7 +15,7 @@ MOUNT = 'mount -t tmpfs -o size=8m none "$0" && exec "$@"'
 
 
 @pytest.mark.chaos
-@pytest.mark.parametrize("what", ["blobs", "state"])
+@pytest.mark.parametrize("what", ["blobs", "state", "tables"])
 def test_a_full_disk(tmp_path: Path, what: str) -> None:
     """On a small disk, mounted for a child alone, each backend refuses, keeps, and goes on."""
     unshare = shutil.which("unshare")
