@@ -14,6 +14,7 @@ from handlers import (
     growing,
     jobs,
     live,
+    logs,
     metrics,
     resumable,
     simple,
@@ -139,7 +140,11 @@ ROUTES: list[Route] = [
         },
     ),
     Route(rf"/v1/jobs/{_ID}/events", jobs.EventsHandler, {"GET": "The history of a job"}),
-    Route(rf"/v1/jobs/{_ID}/log", jobs.LogHandler, {"GET": "The log lines of a job"}),
+    Route(
+        rf"/v1/jobs/{_ID}/log",
+        logs.LogHandler,
+        {"GET": "What a job says, also as it says it"},
+    ),
     Route(r"/v1/kinds", jobs.KindsHandler, {"GET": "What can be started"}),
     # Files
     Route(r"/v1/files", files.FilesHandler, {"GET": "List stored files"}),

@@ -442,6 +442,25 @@ class BaseHandler(WithOptions):
             raise SluiceError("invalid-field", f"limit must be 1 to {_MOST}.", field="limit")
         return limit, numbers["after"]
 
+    def decimal(self, values: dict[str, str], name: str, low: float, high: float) -> float | None:
+        """A parameter that is a number. Raises invalid-field."""
+        if name not in values:
+            return None
+        try:
+            number = float(values[name])
+        except ValueError:
+            number = low - 1
+        if not low <= number <= high:
+            raise SluiceError("invalid-field", f"{name} is {low:g} to {high:g}.", field=name)
+        return number
+
+    def flag(self, values: dict[str, str], name: str) -> bool:
+        """A parameter that is 0 (as if it were not there) or 1. Raises invalid-field."""
+        value = values.get(name, "0")
+        if value not in ("0", "1"):
+            raise SluiceError("invalid-field", f"{name} can only be 0 or 1.", field=name)
+        return value == "1"
+
     def json(self, type: type[T]) -> T:
         """The body as a typed value. Raises invalid-json, invalid-field (with its name)."""
         try:

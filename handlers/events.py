@@ -97,21 +97,9 @@ class EventsHandler(BaseHandler):
             raise SluiceError("invalid-field", f"{name} is <epoch>:<seq>.", field=name)
         return cursor
 
-    def number(self, values: dict[str, str], name: str, low: float, high: float) -> float | None:
-        """A parameter that is a number. Raises invalid-field."""
-        if name not in values:
-            return None
-        try:
-            number = float(values[name])
-        except ValueError:
-            number = low - 1
-        if not low <= number <= high:
-            raise SluiceError("invalid-field", f"{name} is {low:g} to {high:g}.", field=name)
-        return number
-
     async def _poll(self, select: Select, values: dict[str, str]) -> None:
-        wait_s = self.number(values, "wait", 0, _LONGEST_WAIT_S) or 0.0
-        limit = int(self.number(values, "limit", 1, _MOST_EVENTS) or _EVENTS)
+        wait_s = self.decimal(values, "wait", 0, _LONGEST_WAIT_S) or 0.0
+        limit = int(self.decimal(values, "limit", 1, _MOST_EVENTS) or _EVENTS)
         hub = self.services.hub
         cursor = self.cursor(values)
         why = await hub.why_reset(cursor) if cursor is not None else None
@@ -208,7 +196,7 @@ class _Stream(Shell):
         handler = self._handler
         services, caller = handler.services, handler.caller
         cursor = handler.cursor(values)
-        rate = handler.number(values, "rate", 0.1, 10)
+        rate = handler.decimal(values, "rate", 0.1, 10)
         handler.set_header("Content-Type", "text/event-stream")
         handler.set_header("X-Accel-Buffering", "no")
         chunked = handler.request.version != "HTTP/1.0"

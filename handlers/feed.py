@@ -227,6 +227,8 @@ class Feed:
         self._feeds.followers.discard(self)
         self._subs.clear()
         self._set_views()
+        for follow in (self._logs or {}).values():
+            self._let_go(follow)
         self._logs = None
         if self._worker is not None:
             self._worker.cancel()
@@ -291,9 +293,13 @@ class Feed:
         if self._subs.pop(id, None) is not None:
             self._set_views()
         if self._logs is not None:
-            self._logs.pop(id, None)
+            self._let_go(self._logs.pop(id, None))
             if not self._logs:
                 self._feeds.followers.discard(self)
+
+    def _let_go(self, follow: _Follow | None) -> None:
+        if follow is not None:
+            self._feeds.manager.unlisten(follow.job, follow.hear)
 
     def _set_views(self) -> None:
         self.leave()
@@ -405,7 +411,8 @@ class Feed:
         if self._logs is None:
             self._logs = {}
         at = -_LOG_FIRST if asked.from_ is None else max(asked.from_, -10_000)
-        self._logs[asked.id] = _Follow(asked.log, at)
+        follow = self._logs[asked.id] = _Follow(asked.log, at)
+        self._feeds.manager.listen(asked.log, follow.hear)
         self._feeds.followers.add(self)
         self._answer(messages.Subscribed(id=asked.id, s=self._hub.seq, resumed=True))
         self.pump(monotonic())
@@ -415,6 +422,9 @@ class Feed:
         for id, follow in list((self._logs or {}).items()):
             if self.pipe.busy or self._control:
                 return
+            if not follow.is_fresh:
+                continue
+            follow.is_fresh = False
             try:
                 lines = await self._feeds.manager.lines(
                     follow.job, self.owner, follow.after, _LOG_LINES
@@ -423,6 +433,7 @@ class Feed:
                 self._drop(id)
                 continue
             if lines:
+                follow.is_fresh = len(lines) == _LOG_LINES  # there may be others behind them
                 follow.after = lines[-1][0]
                 told = [{"n": n, "at": rfc3339(at), "line": line} for n, at, line in lines]
                 message = {"t": "log", "id": id, "j": follow.job, "from": lines[0][0]}
@@ -620,11 +631,16 @@ class Feed:
 class _Follow:
     """Where a subscriber is in the log of a job."""
 
-    __slots__ = ("after", "job")
+    __slots__ = ("after", "is_fresh", "job")
 
     def __init__(self, job: str, after: int) -> None:
         self.job = job
         self.after = after
+        self.is_fresh = True  # there may be lines behind it
+
+    def hear(self, job: Job | None) -> None:
+        """See Manager.listen."""
+        self.is_fresh = True
 
 
 class _Pack:

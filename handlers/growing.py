@@ -70,13 +70,6 @@ class GrowingHandler(BaseHandler):
         if self._sender is not None:
             self._sender.wake()
 
-    def wants_follow(self, values: dict[str, str]) -> bool:
-        """Whether the query asks for bytes that are still to come. Raises invalid-field."""
-        follow = values.get("follow", "0")
-        if follow not in ("0", "1"):
-            raise SluiceError("invalid-field", "follow can only be 0 or 1.", field="follow")
-        return follow == "1"
-
     async def send_growing(self, job: Job, name: str | None, follow: bool) -> str | None:
         """Answer with what there is of a file that the job makes; None if that was done.
 
@@ -208,7 +201,7 @@ class JobContentHandler(GrowingHandler):
 
     async def _answer(self, job_id: str) -> None:
         values = self.query("name", "follow")
-        follow = self.wants_follow(values)
+        follow = self.flag(values, "follow")
         job = await self.services.manager.get(job_id, self.caller.owner)
         file_id = await self.send_growing(job, values.get("name"), follow)
         if file_id is not None:

@@ -1,4 +1,4 @@
-"""``/v1/jobs`` and ``/v1/kinds``: start, list, look, change, command, delete, history, log.
+"""``/v1/jobs`` and ``/v1/kinds``: start, list, look, change, command, delete, history.
 
 Whatever changes a job is a ``Command``, given by ``commands.run``; so a key, a version, a list and
 a filter mean here what they mean on the channel. What is left to HTTP are its headers: If-Match
@@ -22,7 +22,7 @@ from handlers.fields import preferences, string
 from handlers.ranges import tags_of
 from jobs import Filter, Job
 from jobs.commands import ChangeRequest, Command, StartRequest, Told
-from jobs.rows import event_row, rfc3339
+from jobs.rows import event_row
 from jobs.states import FINAL, PAUSING, QUEUED, SCHEDULED
 
 _VERSION = re.compile(r'"?(0|[1-9][0-9]{0,17})"?')
@@ -283,24 +283,6 @@ class EventsHandler(BaseHandler):
             {
                 "items": [event_row(event) for event in events],
                 "next": str(events[-1].version) if more else None,
-            }
-        )
-
-
-class LogHandler(BaseHandler):
-    """The log lines of one job."""
-
-    async def get(self, job_id: str) -> None:
-        """The newest lines, or those ``after`` a number, oldest first."""
-        limit, after = self.paging(self.query("limit", "after"))
-        lines = await self.services.manager.lines(
-            job_id, self.caller.owner, -limit if after is None else after, limit
-        )
-        self.set_header("Cache-Control", "no-store")
-        self.reply(
-            {
-                "items": [{"n": n, "at": rfc3339(at), "line": line} for n, at, line in lines],
-                "next": str(lines[-1][0]) if len(lines) == limit else None,
             }
         )
 

@@ -439,7 +439,7 @@ class UploadHandler(GrowingHandler, TusHandler):
 
         With ``follow=1`` what is still to come as well (see handlers/growing.py).
         """
-        follow = self.wants_follow(self.query())
+        follow = self.flag(self.query(), "follow")
         file_id = await self.send_growing(await self.upload(upload_id), None, follow)
         if file_id is not None:
             await send_stored(self, await self.services.files.get(file_id, self.caller.owner))

@@ -550,7 +550,9 @@ class Manager:
         return self._driver(job).grown(job, name)
 
     def listen(self, job_id: str, news: News) -> None:
-        """Call ``news`` with each row of the job that is committed, and with None when it grew.
+        """Call ``news`` with each row of the job that is committed, and with None when it grew:
+
+        when more of its files or its log was committed, or it was deleted.
 
         It is called before anything else runs, and must be short.
         """
@@ -672,7 +674,7 @@ class Manager:
         return job is None or job.state in states.FINAL
 
     def grew(self, job_id: str) -> None:
-        """More of a file that the job makes was committed, so that ``grown`` tells it."""
+        """More of a file that the job makes, or of its log, was committed, or all of it is gone."""
         for news in self._news.get(job_id, ()):
             news(None)
 
@@ -867,6 +869,7 @@ class Manager:
         gone = states.noted(job)
         event = self._event(job.state, gone, states.DELETED, cause, actor, Glance(None, None))
         await self._state.delete(job.id, event, was_version=job.version, key=key)
+        self.grew(job.id)
 
     def _event(
         self, before: str | None, after: Job, to: str, cause: str, actor: str, glance: Glance

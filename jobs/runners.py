@@ -832,6 +832,7 @@ class Process:
         if lines:
             try:
                 await self._runners.state.log(self.job_id, lines, now_ms())
+                self._runners.manager.grew(self.job_id)
             except SluiceError as error:
                 log.warning("job %s: its log could not be saved: %s", self.job_id, error)
 
