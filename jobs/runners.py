@@ -22,6 +22,7 @@ import types
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
+from random import random
 from time import monotonic, perf_counter
 from typing import Any
 
@@ -29,12 +30,14 @@ import msgspec
 
 from errors import SluiceError
 from jobs.children import Child, Children, Limits
+from jobs.clock import Clock
 from jobs.files import Files, clean_name, media_type_of, now_ms, uuid7
 from jobs.kinds import Check, Column, JobCancelled, JobPaused, Kind
 from jobs.manager import Glance, Grown, Manager
 from jobs.programs import Program, artifact_handler, pipe_to
 from jobs.progress import Meter
 from jobs.remote import run_in_child
+from jobs.rows import rfc3339
 from jobs.states import FINAL, RUNNING, SUCCEEDED, Input
 from jobs.tables import MEDIA_TYPE as TABLE_TYPE
 from jobs.tables import TABLE, Table
@@ -70,6 +73,7 @@ _UNDO_S = 60.0
 _NOTE_S = 0.25
 _MAX_UNDO = 10_000
 _AGAIN_S = 1.0  # before a cursor that could not be saved is tried again
+_LATE_S = 10.0  # for a process that is over its time to end
 _LAST_S = 0.5  # for those that must be cancelled at a stop
 _LONG_S = 3600.0  # the longest single wait
 _PATHS_FROM = 3  # the first descriptor of a program's files
@@ -281,6 +285,16 @@ class Process:
         self._nap: asyncio.Future[None] | None = None
         self.is_exact = runners.is_exact
         self._programs: list[Program] = []
+        self._moved = True  # there was a checkpoint since the clock has looked
+        self._listens = False  # to its programs: that is no sign of life
+        self._late: SluiceError | None = None
+        self.lost = False  # the frame did not end when it was told to: nobody waits for it any more
+        self._clock: Clock | None = None
+        if kind.run_timeout_s is not None or kind.stall_timeout_s is not None:
+            ran_s = self._mark.get("ran_s", 0.0)
+            self._clock = Clock(
+                kind.run_timeout_s, kind.stall_timeout_s, ran_s, self._is_alive, self._end_late
+            )
         self._folder: Path | None = None
         self._resumed = perf_counter()
         self.task = asyncio.get_running_loop().create_task(self._run())
@@ -300,6 +314,7 @@ class Process:
         if cursor is not None:
             self._set_cursor(cursor)
         self.meter.mark(done, total, phase, message, eta)
+        self._moved = True
         if self.want == "run" and perf_counter() - self._resumed < _SLICE_S:
             return
         if self.want == "run":
@@ -440,9 +455,11 @@ class Process:
         if self.want == "run":
             loop = asyncio.get_running_loop()
             timer = loop.call_later(wait_s, _done, news)
+            self._listens = True
             try:
                 await self._wait(news)
             finally:
+                self._listens = False
                 timer.cancel()
         if self.want != "run":
             await self._obey()
@@ -452,6 +469,7 @@ class Process:
         if cursor is not None:
             self._set_cursor(cursor)
         self.meter.mark(**marks)
+        self._moved = True
 
     async def table(
         self,
@@ -489,6 +507,8 @@ class Process:
         self.fence = job.fence
         self._job = job
         self.parked = False
+        if self._clock is not None:
+            self._clock.go()
         self.wake("run")
 
     def wrote(self, cursor: Any) -> dict[str, int]:
@@ -521,7 +541,8 @@ class Process:
         await self._flush_log()
         if not self._kind.resumable:
             self._runners.manager.grew(self.job_id)
-        if self._dirty and not (self.parked or self.over):
+        dirty = self._dirty or self._clock is not None
+        if dirty and not (self.parked or self.over):
             await self._save_cursor()
 
     # Inside
@@ -577,6 +598,8 @@ class Process:
         """Give the slot back and keep the frame, until a claim, a cancel, or the pause is cold."""
         self.parked = True
         self.meter.hold()
+        if self._clock is not None:
+            self._clock.hold()
         await self._tell(Input.UNWOUND, fence=self.fence)
         # A program that can't go on from a cursor would have run for nothing.
         keeps = bool(self._programs) and not self._kind.resumable
@@ -637,6 +660,8 @@ class Process:
             "cursor": cursor,
             "artifacts": self._known(offsets),
         }
+        if self._clock is not None:
+            mark["ran_s"] = round(self._clock.ran_s, 3)
         try:
             size = len(msgspec.json.encode(cursor))
         except (TypeError, ValueError) as error:
@@ -665,7 +690,10 @@ class Process:
             self.over = True
             if self._runners.closed:  # the next start puts it right
                 return
-            await self._tell(Input.UNWOUND)
+            if self._late is not None:
+                await self._fail(self._late)
+            else:
+                await self._tell(Input.UNWOUND)
         except Fenced:
             log.warning("job %s lost its lease (fence %d)", self.job_id, self.fence)
         except SluiceError as error:
@@ -690,6 +718,8 @@ class Process:
             grace_s = 0
             raise
         finally:
+            if self._clock is not None:
+                self._clock.hold()
             for program in self._programs:
                 await program.end(grace_s)
             self._programs.clear()
@@ -807,8 +837,53 @@ class Process:
 
     async def _fail(self, error: SluiceError) -> None:
         self.over = True
+        error = self._late or error
+        retry_at = self._retry_at(error)
+        if retry_at is not None:
+            self.log(f"{error.code}: {error.detail} It is tried again at {rfc3339(retry_at)}.")
+            try:
+                await self._save_cursor()
+            except SluiceError as unsaved:  # what was saved before is as good, only older
+                log.warning("job %s: its cursor could not be saved: %s", self.job_id, unsaved)
         await self._flush_log()
-        await self._tell(Input.FAIL, fence=self.fence, error=error)
+        await self._tell(Input.FAIL, fence=self.fence, error=error, retry_at=retry_at)
+
+    def _retry_at(self, error: SluiceError) -> int | None:
+        """When the job is tried again after this error, if its kind grants it."""
+        retry = self._kind.retry
+        if retry is None or not error.entry.retry:
+            return None
+        delay_s = retry.delay_s(self._job.retries, random())
+        return None if delay_s is None else now_ms() + round(delay_s * 1000)
+
+    def _is_alive(self) -> bool:
+        """See Clock: a checkpoint has come, or it waits where it does not have to."""
+        moved, self._moved = self._moved, False
+        return moved or (self._nap is not None and not self._listens)
+
+    def _end_late(self, error: SluiceError) -> None:
+        """The clock ends what has not ended by itself, wherever it stands."""
+        if self.over or self.task.done():
+            return
+        self._late = error
+        self.task.cancel()
+        asyncio.get_running_loop().call_later(_LATE_S, self._leave)
+
+    def _leave(self) -> None:
+        """Go on without a frame that does not end: its job has failed, and has no lease."""
+        if self.task.done() or self.over or self._runners.closed:
+            return
+        log.warning("job %s (%s) does not end when it is told to", self.job_id, self._kind.name)
+        self.over = self.lost = True
+        self.task.cancel()
+        manager, error = self._runners.manager, self._late
+        assert error is not None
+        retry_at = self._retry_at(error)
+        manager.spawn(
+            manager.insist(
+                self.job_id, Input.FAIL, fence=self.fence, error=error, retry_at=retry_at
+            )
+        )
 
     async def _let_go(self) -> None:
         """Close everything; a job that was ended by force meanwhile leaves no artefacts."""
@@ -867,7 +942,7 @@ class Runners:
     def start(self, job: Job) -> None:
         """See Driver: go on in the frame that is still here, else begin at the cursor."""
         process = self._live.get(job.id)
-        if process is None or process.task.done():
+        if process is None or process.task.done() or process.lost:
             self._begin(job)
         elif not process.over:  # it was paused warm, or by force without having noticed
             process.resume(job)
@@ -900,7 +975,7 @@ class Runners:
     def signal(self, job: Job) -> bool:
         """See Driver."""
         process = self._live.get(job.id)
-        if process is None or process.task.done():
+        if process is None or process.task.done() or process.lost:
             return False
         if process.parked and (process.over or job.want == "pause"):
             return False
@@ -920,7 +995,7 @@ class Runners:
     async def rollback(self, job: Job) -> Rollback | None:
         """See Driver: run the undo journal from its end, one durable step after the other."""
         process = self._live.get(job.id)
-        if process is not None:
+        if process is not None and not process.lost:
             process.wake("cancel")
             await asyncio.wait([process.task])
         now = await self.state.get(job.id)

@@ -1,0 +1,374 @@
+"""Failures that may pass are tried again; what runs or is silent for too long is ended."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import jobs.runners
+from errors import SluiceError
+from jobs import states
+from jobs.clock import Clock
+from jobs.files import now_ms
+from jobs.kinds import Retry
+from jobs.manager import Limits
+from jobs.states import Facts, Input
+from tests.jobs.test_states import NOW, job_in
+from tests.jobs.world import OWNER, World, a_kind, eventually
+
+SOON = Retry(times=2, base_s=0.02, factor=2, max_s=1, jitter=0)
+
+
+@pytest.fixture(autouse=True)
+def quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Failures here are meant."""
+    caplog.set_level(logging.CRITICAL, "sluice")
+    yield
+
+
+class Trial:
+    """A kind that fails as often as it shall, at its third step."""
+
+    def __init__(self, failures: int, error: Exception | None = None) -> None:
+        self.failures = failures
+        self.error = error or RuntimeError("as asked")
+        self.cursors: list[Any] = []
+        self.undone: list[int] = []
+
+    async def take_back(self, step: int) -> None:
+        """The undo of a step."""
+        self.undone.append(step)
+
+    async def run(self, ctx: Any, params: Any) -> dict[str, Any]:
+        """Three steps from the cursor, each written down; then the failure, or three more."""
+        self.cursors.append(ctx.cursor)
+        file = await ctx.artifact("steps.txt")
+        for step in range(ctx.cursor or 0, 6):
+            if step == 3 and self.failures > 0:
+                self.failures -= 1
+                raise self.error
+            await ctx.undo("take_back", step=step)
+            await file.write(b"%d\n" % step)
+            await ctx.checkpoint(step + 1, done=step + 1, total=6)
+        return {"attempt": ctx.attempt}
+
+    def kind(self, **more: Any) -> Any:
+        """The kind ``trial``."""
+        fields = {"UNDO": {"take_back": self.take_back}, "RETRY": SOON} | more
+        return a_kind("trial", self.run, **fields)
+
+
+async def test_a_failure_that_may_pass_is_tried_again(tmp_path: Path) -> None:
+    """It goes on from its cursor after the wait, and the timeline tells each failure."""
+    trial = Trial(2)
+    async with World(tmp_path, trial.kind()) as world:
+        job_id = await world.start("trial")
+        job = await world.until(job_id, "succeeded")
+        assert (job.attempt, job.retries, job.result and job.result.data) == (3, 2, {"attempt": 3})
+        assert trial.cursors == [None, 3, 3]
+        assert trial.undone == []
+        assert list(world.published().values()) == [b"0\n1\n2\n3\n4\n5\n"]
+        history = await world.history(job_id)
+        waits = [event for event in history if event.to == "scheduled"]
+        assert [event.cause for event in waits] == ["error", "error"]
+        assert [b'"why":"backoff"' in bytes(event.row) for event in waits] == [True, True]
+        assert [event.cause for event in history].count("due") == 2
+        lines = [line for _, _, line in await world.manager.lines(job_id, OWNER, 0, 99)]
+        assert sum("It is tried again at 20" in line for line in lines) == 2
+
+
+async def test_when_retries_are_used_up_the_journal_runs(tmp_path: Path) -> None:
+    """Only then: before, nothing is taken back."""
+    trial = Trial(99)
+    async with World(tmp_path, trial.kind()) as world:
+        job = await world.until(await world.start("trial"), "failed")
+        assert (job.attempt, len(trial.cursors)) == (3, 3)
+        assert job.error is not None
+        assert job.error["code"] == "kind-failed"
+        assert trial.undone == [2, 1, 0]
+        assert (world.published(), world.unfinished()) == ({}, [])
+
+
+@pytest.mark.parametrize(
+    ("error", "attempts"),
+    [
+        (SluiceError("invalid-data", "row 7"), 1),
+        (SluiceError("storage-failed", "the disk"), 3),
+        (ValueError("anything"), 3),
+    ],
+)
+async def test_only_what_may_pass(tmp_path: Path, error: Exception, attempts: int) -> None:
+    """An error whose code says that a retry can't help ends the job at once."""
+    trial = Trial(99, error)
+    async with World(tmp_path, trial.kind()) as world:
+        job = await world.until(await world.start("trial"), "failed")
+        assert job.attempt == attempts
+
+
+async def test_no_retry_unless_the_kind_says_so(tmp_path: Path) -> None:
+    """The default is none."""
+    trial = Trial(1)
+    async with World(tmp_path, trial.kind(RETRY=None)) as world:
+        assert (await world.until(await world.start("trial"), "failed")).attempt == 1
+
+
+async def test_the_slot_is_free_during_the_wait(tmp_path: Path) -> None:
+    """And a pause, a resume and a cancel work in it."""
+    trial = Trial(1)
+    kind = trial.kind(RETRY=Retry(times=1, base_s=3600, max_s=3600, jitter=0))
+
+    async def once(ctx: Any, params: Any) -> None:
+        """End at once."""
+
+    limits = Limits(slots=1)
+    async with World(tmp_path, kind, a_kind("once", once), limits=limits) as world:
+        job_id = await world.start("trial")
+        job = await world.until(job_id, "scheduled")
+        assert job.not_before is not None
+        assert 3_590_000 < job.not_before - now_ms() < 3_601_000
+        await world.until(await world.start("once"), "succeeded")
+        assert await world.tell(job_id, "pause") == ("paused", 200)
+        assert await world.tell(job_id, "resume") == ("scheduled", 202)
+        await world.tell(job_id, "cancel")
+        await world.until(job_id, "cancelled")
+        assert trial.undone == [2, 1, 0]
+
+
+async def test_a_crash_uses_no_retry(tmp_path: Path) -> None:
+    """Attempts count crashes, retries do not."""
+    trial = Trial(0)
+    hold = asyncio.Event()
+
+    async def run(ctx: Any, params: Any) -> Any:
+        """As the trial, once it may."""
+        await ctx.checkpoint(ctx.cursor)
+        while not hold.is_set():
+            await ctx.sleep(0.002)
+        return await trial.run(ctx, params)
+
+    kind = a_kind("trial", run, UNDO={"take_back": trial.take_back}, RETRY=SOON)
+    async with World(tmp_path, kind) as world:
+        job_id = await world.start("trial")
+        for _ in range(3):
+            await world.until(job_id, "running")
+            await world.restart()
+        trial.failures = 2
+        hold.set()
+        job = await world.until(job_id, "succeeded")
+        assert (job.attempt, job.retries) == (6, 2)
+
+
+@pytest.mark.parametrize("undo", [False, True])
+async def test_a_crash_loop_ends(tmp_path: Path, undo: bool) -> None:
+    """The sixth crash in ten minutes fails the job, after its journal has run."""
+    undone = []
+
+    async def take_back() -> None:
+        undone.append(1)
+
+    async def run(ctx: Any, params: Any) -> None:
+        """Never end."""
+        if undo and ctx.attempt == 1:
+            await ctx.undo("take_back")
+        while True:
+            await ctx.sleep(0.01)
+            await ctx.checkpoint(1)
+
+    kind = a_kind("killer", run, UNDO={"take_back": take_back})
+    async with World(tmp_path, kind) as world:
+        job_id = await world.start("killer")
+        for _ in range(5):
+            await world.until(job_id, "running")
+            await asyncio.sleep(0.01)
+            await world.restart()
+        assert (await world.until(job_id, "running")).attempt == 6
+        await world.restart()
+        job = await world.until(job_id, "failed")
+        assert job.error is not None
+        assert (job.error["code"], undone) == ("crash-loop", [1] if undo else [])
+
+
+async def test_crashes_long_ago_do_not_count(tmp_path: Path) -> None:
+    """Five in a week are bad luck."""
+    old = tuple(NOW - 600_000 - i for i in range(20))
+    job = msgspec.structs.replace(job_in("running"), crashes=(*old, NOW - 1))
+    decision = states.decide(job, Input.CRASH, Facts(now=NOW))
+    assert decision is not None
+    assert (decision.job.state, decision.job.crashes) == ("queued", (NOW - 1, NOW))
+
+
+# ---- Clocks ----
+
+
+async def walks(ctx: Any, params: Any) -> None:
+    """Checkpoints for ever."""
+    while True:
+        await ctx.checkpoint(1)
+        await ctx.sleep(0.005)
+
+
+async def hangs(ctx: Any, params: Any) -> None:
+    """One checkpoint, then nothing."""
+    await ctx.checkpoint(1)
+    await asyncio.Event().wait()
+
+
+async def test_a_job_runs_for_so_long(tmp_path: Path) -> None:
+    """Then it fails, whatever it does."""
+    async with World(tmp_path, a_kind("walks", walks, RUN_TIMEOUT_S=0.15)) as world:
+        began = monotonic()
+        job = await world.until(await world.start("walks"), "failed")
+        assert monotonic() - began >= 0.15
+        assert job.error is not None
+        assert job.error["code"] == "timeout"
+        assert world.manager.running == 0
+
+
+async def test_what_hangs_is_ended(tmp_path: Path) -> None:
+    """No checkpoint for too long: it fails though it never comes to one, and runs its journal."""
+    undone = []
+
+    async def take_back() -> None:
+        undone.append(1)
+
+    async def run(ctx: Any, params: Any) -> None:
+        await ctx.undo("take_back")
+        await hangs(ctx, params)
+
+    kind = a_kind("hangs", run, STALL_TIMEOUT_S=0.1, UNDO={"take_back": take_back})
+    async with World(tmp_path, kind) as world:
+        job = await world.until(await world.start("hangs"), "failed")
+        assert job.error is not None
+        assert (job.error["code"], undone) == ("stalled", [1])
+
+
+async def test_what_hangs_may_be_tried_again(tmp_path: Path) -> None:
+    """A stall may pass; a job over its time gets no other one."""
+    stalls = a_kind("stalls", hangs, STALL_TIMEOUT_S=0.05, RETRY=SOON)
+    late = a_kind("late", walks, RUN_TIMEOUT_S=0.05, RETRY=SOON)
+    async with World(tmp_path, stalls, late) as world:
+        stalled, timeout = await world.start("stalls"), await world.start("late")
+        assert (await world.until(stalled, "failed")).attempt == 3
+        assert (await world.until(timeout, "failed")).attempt == 1
+
+
+async def test_who_sleeps_is_not_silent(tmp_path: Path) -> None:
+    """ctx.sleep is a wait that the job has declared."""
+
+    async def run(ctx: Any, params: Any) -> None:
+        await ctx.sleep(0.4)
+
+    async with World(tmp_path, a_kind("sleeps", run, STALL_TIMEOUT_S=0.1)) as world:
+        await world.until(await world.start("sleeps"), "succeeded")
+
+
+@pytest.mark.parametrize("warm_s", [0, 30])
+async def test_a_pause_stops_both_clocks(tmp_path: Path, warm_s: float) -> None:
+    """Warm or cold; what it had run before counts afterwards."""
+    kind = a_kind("walks", walks, RUN_TIMEOUT_S=0.5, STALL_TIMEOUT_S=0.2)
+    async with World(tmp_path, kind, warm_s=warm_s) as world:
+        job_id = await world.start("walks")
+        began = monotonic()
+        await world.until(job_id, "running")
+        await asyncio.sleep(0.25)
+        await world.tell(job_id, "pause")
+        await world.until(job_id, "paused")
+        ran_s = monotonic() - began
+        await asyncio.sleep(0.6)
+        assert (await world.job(job_id)).state == "paused"
+        began = monotonic()
+        await world.tell(job_id, "resume")
+        job = await world.until(job_id, "failed")
+        assert job.error is not None
+        assert job.error["code"] == "timeout"
+        assert 0.45 - ran_s < monotonic() - began
+
+
+async def test_what_it_has_run_outlives_a_crash(tmp_path: Path) -> None:
+    """A restart gives no new time, but for the last second."""
+    kind = a_kind("walks", walks, RUN_TIMEOUT_S=1.6)
+    async with World(tmp_path, kind) as world:
+        job_id = await world.start("walks")
+        await world.until(job_id, "running")
+
+        def saved() -> bool:
+            row = world.state._con.execute("SELECT cursor FROM jobs").fetchone()
+            return b'"ran_s":' in bytes(row[0] or b"")
+
+        await eventually(saved, "about a second is saved")
+        await world.restart()
+        began = monotonic()
+        await world.until(job_id, "failed")
+        assert monotonic() - began < 1.2
+
+
+async def test_a_frame_that_does_not_end_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that swallows its end has failed all the same; its slot and its journal are free."""
+    monkeypatch.setattr(jobs.runners, "_LATE_S", 0.05)
+    let_go = asyncio.Event()
+    undone = []
+
+    async def take_back() -> None:
+        undone.append(1)
+
+    async def run(ctx: Any, params: Any) -> None:
+        await ctx.undo("take_back")
+        while not let_go.is_set():
+            with suppress(asyncio.CancelledError):
+                await let_go.wait()
+
+    kind = a_kind("deaf", run, RUN_TIMEOUT_S=0.05, UNDO={"take_back": take_back})
+    async with World(tmp_path, kind) as world:
+        job_id = await world.start("deaf")
+        job = await world.until(job_id, "failed")
+        assert job.error is not None
+        assert (job.error["code"], undone, world.manager.running) == ("timeout", [1], 0)
+        let_go.set()
+        await eventually(lambda: not world.runners._live, "the frame has ended")
+        assert (await world.job(job_id)).state == "failed"
+
+
+async def test_a_clock_that_is_closed_says_nothing() -> None:
+    """A job that has ended, or is held, is never late."""
+    told: list[SluiceError] = []
+    clock = Clock(0.03, 0.01, 0.0, lambda: False, told.append)
+    clock.hold()
+    ran_s = clock.ran_s
+    await asyncio.sleep(0.06)
+    assert (told, clock.ran_s) == ([], ran_s)
+    clock.go()
+    await eventually(lambda: told, "it is late")
+    assert [error.code for error in told] == ["stalled"]
+
+
+@given(
+    times=st.integers(0, 10),
+    base_s=st.floats(0.001, 100),
+    factor=st.floats(0.1, 10),
+    max_s=st.floats(0.001, 1e6),
+    jitter=st.floats(0, 1),
+    chance=st.floats(0, 1),
+)
+def test_waits_are_bounded(
+    times: int, base_s: float, factor: float, max_s: float, jitter: float, chance: float
+) -> None:
+    """So many waits, none longer than the longest, none shorter than chance may make it."""
+    retry = Retry(times, base_s, factor, max_s, jitter)
+    waits = [retry.delay_s(n, chance) for n in range(times + 2)]
+    assert waits[times:] == [None, None]
+    for n, wait_s in enumerate(waits[:times]):
+        assert wait_s is not None
+        full_s = min(max_s, base_s * factor**n)
+        assert full_s * (1 - jitter) * 0.999 <= wait_s <= full_s
