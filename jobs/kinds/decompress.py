@@ -25,7 +25,9 @@ from jobs.kinds._names import check_name, with_suffix
 KIND = "decompress"
 TITLE = "Unpack a stored gzip or Zstandard file"
 UNIT = "bytes"
-PAUSE = "within 256 KiB; after 30 s the frame (zstd) or member (gzip) it stood in is unpacked again"
+RUNNER = "child"
+CPU_BOUND = True
+PAUSE = "at once; after 30 s the frame (zstd) or member (gzip) it stood in is unpacked again"
 
 _IN_BYTES = 64 << 10
 _OUT_BYTES = 256 << 10
