@@ -118,6 +118,18 @@ def _path() -> Rule:
     return Rule(read, "the path of a folder", show, metavar="FOLDER")
 
 
+def _program_file() -> Rule:
+    def read(raw: str) -> Path | None:
+        if raw and not Path(raw).is_file():
+            raise ValueError
+        return Path(raw) if raw else None
+
+    def show(path: Path | None) -> str:
+        return "" if path is None else str(path)
+
+    return Rule(read, "the path of a file", show, metavar="FILE")
+
+
 def _kind_paths() -> Rule:
     def read(raw: str | list[object]) -> tuple[Path, ...]:
         paths = tuple(dict.fromkeys(Path(item) for item in _items(raw)))
@@ -459,6 +471,13 @@ class Config:
             _kind_paths(),
             "further kinds of processes, one in each Python file (see docs/kinds.md); whoever can "
             "write there can run code in this service; the flag may be repeated",
+        ),
+    )
+    programs: Path | None = field(
+        default=None,
+        metadata=_about(
+            _program_file(),
+            "TOML file of the programs that may be run as jobs (see docs/programs.md)",
         ),
     )
     default_kind: str = field(

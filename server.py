@@ -51,6 +51,7 @@ from jobs.files import Files
 from jobs.growing import Growing
 from jobs.harness import Misused, examine, parse
 from jobs.kinds import Registry
+from jobs.kinds._exec import load as load_programs
 from jobs.manager import Limits, Manager
 from jobs.runners import Runners
 from jobs.trial import Ground
@@ -114,7 +115,7 @@ async def assembled(config: Config, kinds: Registry | None = None) -> AsyncItera
     boot = await state.open()
     manager = Manager(
         state,
-        Registry.load(config.kinds) if kinds is None else kinds,
+        _kinds(config) if kinds is None else kinds,
         boot,
         Limits(
             slots=config.slots,
@@ -190,6 +191,12 @@ async def assembled(config: Config, kinds: Registry | None = None) -> AsyncItera
         await children.close()
         await blobs.close()
         await state.close()
+
+
+def _kinds(config: Config) -> Registry:
+    """All kinds that the configuration names."""
+    programs = load_programs(config.programs) if config.programs is not None else ([], [])
+    return Registry.load(config.kinds, programs)
 
 
 def make_app(services: Services) -> Application:

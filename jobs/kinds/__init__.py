@@ -87,6 +87,10 @@ class FileReader(Protocol):
 
     size_bytes: int
 
+    def fileno(self) -> int | None:
+        """A descriptor of it, for a program or a library; None if it is made when it is read."""
+        ...
+
     async def read(self, start: int, n: int) -> bytes:
         """At most ``n`` bytes (1 MiB a call) from ``start``; empty only at the end."""
         ...
@@ -750,8 +754,12 @@ class Registry:
         self.problems = problems
 
     @classmethod
-    def load(cls, paths: Iterable[Path] = ()) -> Registry:
+    def load(
+        cls, paths: Iterable[Path] = (), programs: tuple[list[Kind], list[Problem]] = ([], [])
+    ) -> Registry:
         """The kinds of this package, and those of ``paths``: files, and folders of files.
+
+        ``programs`` is what _exec.load has found.
 
         Of a folder it takes each module but those that begin with _ or test_, and conftest.py.
         What can't be loaded, or has a name that is taken, is logged and becomes a Problem.
@@ -772,6 +780,9 @@ class Registry:
             except BaseException as error:  # also SystemExit: whatever it is, it is one file's
                 problems.append(Problem(file.name, _why(file, error)))
                 log.error("%s is no kind: %s: %s", file, type(error).__name__, error)
+        for kind in programs[0]:
+            kinds[kind.name] = kind
+        problems += programs[1]
         return cls(kinds.values(), problems)
 
     def names(self) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from jobs import states
+from jobs.add import add
 from jobs.children import Children
 from jobs.files import Files, now_ms
 from jobs.kinds import Kind, Registry, kind_of
@@ -20,7 +21,7 @@ from jobs.manager import Limits, Manager
 from jobs.runners import Runners
 from jobs.uploads import Limits as UploadLimits
 from jobs.uploads import Uploads
-from storage import By, Event, Job, Writer
+from storage import By, Event, File, Job, Writer
 from storage.blobs_local import LocalBlobs
 from storage.state_sqlite import SqliteState
 
@@ -230,6 +231,13 @@ class World:
         checked = self.manager.kinds.parse(kind, params or {})
         job, _ = await self.manager.start(kind, checked, owner=owner, by=self.by(), **more)
         return job.id
+
+    async def store(self, name: str, data: bytes) -> File:
+        """Store a file."""
+        path = self.folder / "in" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(data)
+        return await add(self.uploads, path, OWNER)
 
     async def tell(self, job_id: str, verb: str, **more: Any) -> tuple[str, int]:
         """A command; the state after it and the status of its answer."""
