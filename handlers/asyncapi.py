@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
 from handlers import messages as m
 from handlers.base import BaseHandler
@@ -34,6 +35,7 @@ class EventRow(msgspec.Struct, kw_only=True):
     to: str
     cause: str
     actor: str
+    via: Annotated[str, Meta(description="the door it was asked for through; else system")]
     row: m.Row
 
 
@@ -99,7 +101,7 @@ _EXAMPLES: dict[type[msgspec.Struct], str] = {
     m.Bye: '{"t":"bye","why":"restart","retry_ms":250,"final":false}',
     Polled: f"""{{"events":[{{"seq":1042,"job":"019351aa-1f0c-7000-8000-3b5a1c0d9e2f","version":1,
 "kind":"count","owner":"local",{_AT},"from":null,"to":"queued","cause":"created","actor":"127.0.0.1",
-"row":{_ROW}}}],"cursor":"0193f0a2b1c4:1042","reset":null}}""",
+"via":"rest","row":{_ROW}}}],"cursor":"0193f0a2b1c4:1042","reset":null}}""",
 }
 
 

@@ -389,7 +389,7 @@ class UploadHandler(ResumableHandler):
             raise await self.invalid(job, known)
         length = self.length(known)
         if length is not None:
-            job = await uploads.set_length(job, length)
+            job = await uploads.set_length(job, length, self.caller.by(_PROTOCOL))
         elif self.end is not None and self.end > uploads.limits.max_bytes:
             raise SluiceError("too-large", f"At most {uploads.limits.max_bytes:,} bytes are taken.")
         self.checksums = fields.digests(headers.get("Content-Digest"))

@@ -242,7 +242,7 @@ class UploadHandler(SimpleHandler):
             self._reply_published(file)
             return
         if self.size is not None:
-            job = await uploads.set_length(job, self.size)
+            job = await uploads.set_length(job, self.size, self.caller.by("simple"))
         if self.body.length == 0 and uploads.finishing(job):
             self._reply_published((await uploads.complete(job))[0])
             return

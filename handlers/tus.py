@@ -380,7 +380,7 @@ class UploadHandler(GrowingHandler, TusHandler):
                 bytes_read=stored,
             )
         if length is not None:
-            job = await uploads.set_length(job, length)
+            job = await uploads.set_length(job, length, self.caller.by(_PROTOCOL))
         self.length = job.transfer.length_bytes if job.transfer is not None else None
         limit = uploads.limits.max_bytes if self.length is None else self.length
         _check_fits(stored, self.body.length, limit)

@@ -461,7 +461,7 @@ class Manager:
         """Forget a job that has ended, with its history. Its files stay. Raises job-live."""
         job = await self._ended_job(job_id, owner, if_version)
         try:
-            await self._delete(job, by.actor, "deleted", key)
+            await self._delete(job, "deleted", by, key)
         except Stale:  # an ended job moves no more: somebody else has deleted it
             raise _unknown(job_id) from None
 
@@ -631,14 +631,15 @@ class Manager:
             self._alarm(job)
 
     async def note(self, job_id: str, cause: str, **change: Any) -> None:
-        """Log an event that is no transition; ``change`` are fields of the row."""
+        """Log an event that is no transition; ``change`` are fields of the row; ``by`` signs it."""
         while True:
             job = await self._state.get(job_id)
             if job is None or job.state in states.FINAL:
                 return
             after = states.noted(job, **change)
+            by = change.get("by")
             try:
-                await self._commit(job, after, cause, "service")
+                await self._commit(job, after, cause, by.actor if by is not None else "service")
             except Stale:
                 continue
             return
@@ -865,8 +866,11 @@ class Manager:
                 self._watch_due()
         return made, created
 
-    async def _delete(self, job: Job, actor: str, cause: str, key: Key | None = None) -> None:
-        gone = states.noted(job)
+    async def _delete(
+        self, job: Job, cause: str, by: By | None = None, key: Key | None = None
+    ) -> None:
+        gone = states.noted(job) if by is None else states.noted(job, by=by)
+        actor = "service" if by is None else by.actor
         event = self._event(job.state, gone, states.DELETED, cause, actor, Glance(None, None))
         await self._state.delete(job.id, event, was_version=job.version, key=key)
         self.grew(job.id)
@@ -1104,7 +1108,7 @@ class Manager:
         before = now_ms() - int(self.limits.keep_jobs_s * 1000)
         for job in await self._state.ended_before(before, _BATCH):
             try:
-                await self._delete(job, "service", "expired")
+                await self._delete(job, "expired")
             except Stale:
                 continue
 

@@ -93,6 +93,27 @@ def file_row(file: File) -> dict[str, Any]:
     }
 
 
+class _Signed(msgspec.Struct):
+    """What of an event's row says who gave the command."""
+
+    by: _By | None = None
+
+
+class _By(msgspec.Struct):
+    via: str
+
+
+# What is done because somebody has asked for it, and signed; all else the service does by itself.
+_ASKED = frozenset({"created", "command", "renamed", "deleted"})
+_signed = msgspec.json.Decoder(_Signed)
+
+
+def _via(event: Event) -> str:
+    """The door through which somebody has asked for what happened; ``system`` if nobody has."""
+    by = _signed.decode(event.row).by if event.cause in _ASKED else None
+    return by.via if by is not None else "system"
+
+
 def event_row(event: Event) -> dict[str, Any]:
     """A transition as clients see it."""
     return {
@@ -106,5 +127,6 @@ def event_row(event: Event) -> dict[str, Any]:
         "to": event.to,
         "cause": event.cause,
         "actor": event.actor,
+        "via": _via(event),
         "row": event.row,
     }

@@ -230,7 +230,7 @@ class Uploads:
             await self._take_over(upload)
         return await self._manager.get(job.id, job.owner)
 
-    async def set_length(self, job: Job, length: int) -> Job:
+    async def set_length(self, job: Job, length: int, by: By) -> Job:
         """Bind the length of an upload that began without one; the job after it.
 
         Raises invalid-field if it had another one, or has more bytes already, and as ``check``.
@@ -245,7 +245,7 @@ class Uploads:
             raise SluiceError("invalid-field", f"The length {at}.", field="length")
         await self._space.extend(job.id, length)
         transfer = msgspec.structs.replace(job.transfer, length_bytes=length)
-        await self._manager.note(job.id, "command", transfer=transfer)
+        await self._manager.note(job.id, "command", by=by, transfer=transfer)
         return await self._manager.get(job.id, job.owner)
 
     async def expect(self, job: Job, digests: Mapping[str, str], *, wanted: bool = False) -> Job:

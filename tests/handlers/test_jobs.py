@@ -591,11 +591,65 @@ def test_the_history_of_a_job(caller: Caller) -> None:
     seqs = [e["seq"] for e in page["items"]]
     assert seqs == sorted(set(seqs))
     assert page["next"] is None
-    assert page["items"][2]["actor"] == caller.client
+    signed = [(e["actor"], e["via"]) for e in page["items"]]
+    mine, service = (caller.client, "rest"), ("service", "system")
+    assert signed == [mine, service, mine, service, mine, service]
     assert page["items"][-1]["row"]["state"] == "cancelled"
     first = caller.get(f"/v1/jobs/{job['id']}/events?limit=2").json
     rest = caller.get(f"/v1/jobs/{job['id']}/events?after={first['next']}").json
     assert first["items"] + rest["items"] == page["items"]
+
+
+def test_each_event_says_who_caused_it_and_through_which_door(serve: Serve) -> None:
+    """Over HTTP, the channel, the simple API and tus, by the service itself, and by its death."""
+    caller = Caller(serve("--slots", "1"), "ann")
+    server = caller.server
+
+    def told(job_id: str) -> list[tuple[str, str, str, str]]:
+        rows = server.get(f"/v1/jobs/{job_id}/events").json["items"]
+        return [(e["to"], e["cause"], e["actor"], e["via"]) for e in rows]
+
+    job = caller.get("/demo/process/").json["id"]
+    server.wait_for(job, "running")
+    socket = server.socket("jobs.v1.json", header=["X-Client-Id: bob"])
+    socket.say(t="hello", ver=1)
+    socket.say(t="cmd", id=1, op="pause", job=job)
+    server.wait_for(job, "paused")
+    caller.server.post("/v1/jobs/resume", {"ids": [job]}, X_Client_Id="eve")
+    server.wait_for(job, "running")
+    change(caller, {"id": job}, {"name": "x"})
+    socket.close()
+    server.kill()
+    server.start()
+    server.wait_for(job, "running")
+    caller.post("/demo/process/cancel/")
+    server.wait_for(job, "cancelled")
+    service = ("service", "system")
+    assert told(job) == [
+        ("queued", "created", "ann", "simple"),
+        ("running", "claimed", *service),
+        ("pausing", "command", "bob", "ws"),
+        ("paused", "checkpoint", *service),
+        ("queued", "command", "eve", "rest"),
+        ("running", "claimed", *service),
+        ("running", "renamed", "ann", "rest"),
+        ("queued", "crash", *service),
+        ("running", "claimed", *service),
+        ("cancelling", "command", "ann", "simple"),
+        ("cancelled", "undone", *service),
+    ]
+    tus = {"Tus-Resumable": "1.0.0", "X-Client-Id": "ann", "Upload-Defer-Length": "1"}
+    upload = server.request("POST", "/tus/", None, tus).headers["Location"].rpartition("/")[2]
+    del tus["Upload-Defer-Length"]
+    tus |= {"Upload-Length": "5", "Upload-Offset": "0"}
+    tus["Content-Type"] = "application/offset+octet-stream"
+    assert server.request("PATCH", f"/tus/{upload}", b"bytes", tus).status == 204
+    steps = [step for step in told(upload) if step[2:] != service]
+    assert steps == [("running", "created", "ann", "tus"), ("running", "command", "ann", "tus")]
+    cursor = server.get("/v1/jobs?limit=1").json["cursor"]
+    caller.delete(f"/v1/jobs/{job}")
+    [gone] = server.get(f"/v1/events?after={cursor}&wait=5").json["events"]
+    assert (gone["to"], gone["actor"], gone["via"]) == ("deleted", "ann", "rest")
 
 
 def test_the_log_of_a_job(caller: Caller) -> None:

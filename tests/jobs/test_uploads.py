@@ -264,10 +264,10 @@ async def test_a_length_is_bound_once(tmp_path: Path) -> None:
     async with World(tmp_path) as world:
         job = await begin(world)
         await put(world, job, Sender(b"abcd"))
-        assert await code_of(world.uploads.set_length(job, 3)) == "invalid-field"
-        job = await world.uploads.set_length(job, 6)
-        assert await code_of(world.uploads.set_length(job, 7)) == "invalid-field"
-        job = await world.uploads.set_length(job, 6)
+        assert await code_of(world.uploads.set_length(job, 3, world.by())) == "invalid-field"
+        job = await world.uploads.set_length(job, 6, world.by())
+        assert await code_of(world.uploads.set_length(job, 7, world.by())) == "invalid-field"
+        job = await world.uploads.set_length(job, 6, world.by())
         assert job.transfer is not None
         assert job.transfer.length_bytes == 6
         assert await code_of(put(world, job, Sender(b"efg"))) == "too-large"
