@@ -15,7 +15,7 @@ import logging
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
@@ -25,12 +25,13 @@ from jobs.files import now_ms, uuid7
 from jobs.kinds import Registry
 from jobs.measures import Measures
 from jobs.rows import job_row
-from jobs.states import Effect, Facts, Input
+from jobs.states import Decision, Effect, Facts, Input
 from storage import (
     KEY_KEPT_MS,
     UNSET,
     Boot,
     By,
+    Commit,
     Event,
     Fenced,
     File,
@@ -45,6 +46,8 @@ from storage import (
     Transfer,
     Used,
 )
+
+T = TypeVar("T")
 
 log = logging.getLogger("sluice.jobs")
 
@@ -95,6 +98,26 @@ class Grown(NamedTuple):
     media_type: str
     bytes: int
     length_bytes: int | None
+
+
+class _Finish(NamedTuple):
+    """A process has come to its end and tells it."""
+
+    job_id: str
+    fence: int
+    files: Sequence[File]
+    facts: dict[str, Any]
+    told: asyncio.Future[Job | None]
+
+
+class _Step(NamedTuple):
+    """What happens to a job whose row is known."""
+
+    job: Job
+    input: Input
+    facts: Facts
+    fence: int
+    files: Sequence[File] = ()
 
 
 News = Callable[[Job | None], None]
@@ -191,6 +214,7 @@ class Manager:
         self._waits: set[asyncio.Future[Job | None]] = set()
         self._news: dict[str, set[News]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._finishing: list[_Finish] = []
         self._claiming: asyncio.Task[None] | None = None
         self._claim_again = False
         self._due_timer: asyncio.TimerHandle | None = None
@@ -617,6 +641,47 @@ class Manager:
                 log.warning("job %s: %s could not be committed: %s", job_id, input.value, error)
             await asyncio.sleep(_AGAIN_S)
 
+    def finish(
+        self, job_id: str, fence: int, files: Sequence[File] = (), **facts: Any
+    ) -> asyncio.Future[Job | None]:
+        """``insist`` on FINISH, whether or not somebody goes on waiting for it.
+
+        Short jobs end by hundreds: those of one turn of the loop are told in one go.
+        """
+        told: asyncio.Future[Job | None] = asyncio.get_running_loop().create_future()
+        if not self._finishing:
+            self.spawn(self._finish_all())
+        self._finishing.append(_Finish(job_id, fence, files, facts, told))
+        return told
+
+    async def _finish_all(self) -> None:
+        reports, self._finishing = self._finishing, []
+        known = []
+        for report in reports:
+            job = self._active.get(report.job_id)
+            if job is None or job.fence != report.fence:
+                self.spawn(self._finish_slowly(report))
+            else:
+                facts = self._facts(**report.facts)
+                step = _Step(job, Input.FINISH, facts, report.fence, report.files)
+                known.append((report, step))
+        for report, after in await self._step_all(known):
+            if after is None:
+                self.spawn(self._finish_slowly(report))
+            elif not report.told.done():
+                report.told.set_result(after)
+
+    async def _finish_slowly(self, report: _Finish) -> None:
+        job_id, fence, files, facts, told = report
+        try:
+            job = await self.insist(job_id, Input.FINISH, fence=fence, files=files, **facts)
+        except Exception as error:
+            if not told.done():
+                told.set_exception(error)
+        else:
+            if not told.done():
+                told.set_result(job)
+
     async def conclude(self, job_id: str, input: Input, **facts: Any) -> None:
         """``insist``, for a request: it waits for the commit, but not for a disk."""
         await asyncio.wait([self.spawn(self.insist(job_id, input, **facts))], timeout=_CONCLUDE_S)
@@ -825,6 +890,41 @@ class Manager:
         elif None not in parents.values():
             await self.insist(job_id, Input.AFTER)
 
+    async def _step_all(self, steps: Sequence[tuple[T, _Step]]) -> list[tuple[T, Job | None]]:
+        """Take many steps with one wait for their commits; each job after it.
+
+        None where it takes a closer look: the row has changed meanwhile, or can't be committed
+        now. Only for what looks at nothing that moves without a version (cursor, journal).
+        """
+        decided = [self._decided(step) for _, step in steps]
+        try:
+            results = await self._state.commit_all([made[0] for made in decided if made])
+        except SluiceError as error:
+            log.warning("%d steps could not be committed: %s", len(steps), error)
+            return [(key, None) for key, _ in steps]
+        done: list[tuple[T, Job | None]] = []
+        following = iter(results)
+        for (key, step), made in zip(steps, decided, strict=True):
+            if made is None or isinstance(next(following), BaseException):
+                done.append((key, None))
+                continue
+            commit, decision = made
+            self._committed(step.job, commit.job)
+            self._act(commit.job, decision.effects)
+            done.append((key, commit.job))
+        return done
+
+    def _decided(self, step: _Step) -> tuple[Commit, Decision] | None:
+        job, input, facts, fence, files = step
+        decision = states.decide(job, input, facts)
+        if decision is None or not decision.changed:
+            return None
+        try:
+            after, event = self._entry(job, decision.job, decision.cause, "service")
+        except Exception:  # a result that is no JSON, say; it must not hurt the others
+            return None
+        return Commit(after, event, job.version, fence, files), decision
+
     async def _commit(
         self,
         job: Job,
@@ -835,17 +935,24 @@ class Manager:
         files: Sequence[File] = (),
         key: Key | None = None,
     ) -> Job:
-        glance = self._driver(after).glance(after, finished=after.state == states.SUCCEEDED)
-        if glance.progress is not None:
-            after = msgspec.structs.replace(after, progress=glance.progress)
-        event = self._event(job.state, after, after.state, cause, actor, glance)
+        after, event = self._entry(job, after, cause, actor)
         await self._state.commit(
             after, event, was_version=job.version, fence=fence, files=files, key=key
         )
-        if (moved := (after.state in _WAITING) - (job.state in _WAITING)) != 0:
+        self._committed(job, after)
+        return after
+
+    def _committed(self, before: Job, after: Job) -> None:
+        if (moved := (after.state in _WAITING) - (before.state in _WAITING)) != 0:
             self._count(after.owner, moved)
         self._remember(after)
-        return after
+
+    def _entry(self, job: Job, after: Job, cause: str, actor: str) -> tuple[Job, Event]:
+        """The row after a change, with the progress it has come to, and its event."""
+        glance = self._driver(after).glance(after, finished=after.state == states.SUCCEEDED)
+        if glance.progress is not None:
+            after = msgspec.structs.replace(after, progress=glance.progress)
+        return after, self._event(job.state, after, after.state, cause, actor, glance)
 
     async def _create(
         self, job: Job, by: By, live_name: str | None, key: Key | None = None
@@ -1014,7 +1121,7 @@ class Manager:
                 self._claim_again = False
                 leased = await self._lease(free)
                 self._slots.update((job.id, job) for job in leased)
-                await asyncio.gather(*(self._begin(job) for job in leased))
+                await self._begin_all(leased)
                 if len(leased) < free and not self._claim_again:
                     return
         except SluiceError as error:
@@ -1036,6 +1143,12 @@ class Manager:
             owner_slots=self.limits.owner_slots or None,
             busy=Counter(job.owner for job in self._slots.values()),
         )
+
+    async def _begin_all(self, leased: Sequence[Job]) -> None:
+        facts = self._facts()
+        steps = [(job, _Step(job, Input.CLAIM, facts, job.fence)) for job in leased]
+        done = await self._step_all(steps)
+        await asyncio.gather(*(self._begin(job) for job, after in done if after is None))
 
     async def _begin(self, job: Job) -> None:
         """Commit the claim of a leased job; one that was taken back frees its slot."""

@@ -813,10 +813,10 @@ class Process:
             )
         await self._flush_log()
         main = [file for file in files if file.layout == TABLE] or files
-        done = await self._tell(
-            Input.FINISH,
-            fence=self.fence,
-            files=files,
+        done = await self._runners.manager.finish(
+            self.job_id,
+            self.fence,
+            files,
             result=Result(file=main[0].id if len(main) == 1 else None, data=data),
             artifacts=tuple(artifacts),
         )
@@ -894,6 +894,8 @@ class Process:
         if self._runners.closed:
             return
         await self._flush_log()
+        if not self._artifacts:
+            return
         now = await self._runners.state.get(self.job_id)
         if now is None or now.state in FINAL:
             for artifact in self._artifacts.values():

@@ -255,6 +255,17 @@ class Spent(Exception):
         self.used = used
 
 
+class Commit(NamedTuple):
+    """What one call of ``commit`` is given."""
+
+    job: Job
+    event: Event
+    was_version: int
+    fence: int | None = None
+    files: Sequence[File] = ()
+    key: Key | None = None
+
+
 UNSET: Any = msgspec.UNSET
 
 
@@ -292,9 +303,13 @@ class Jobs(Protocol):
     ) -> int:
         """Replace a row, log its event and add stored files, in one transaction; the event's seq.
 
-        Raises Stale if the row is not at ``was_version``, Fenced if its fence is not ``fence``,
-        Spent for a key that was used.
+        Raises Stale if the row is not at ``was_version`` or not in the state that the event begins
+        with, Fenced if its fence is not ``fence``, Spent for a key that was used.
         """
+        ...
+
+    async def commit_all(self, commits: Sequence[Commit]) -> list[int | BaseException]:
+        """``commit`` each, by itself, with one wait for all; what each returns or raises."""
         ...
 
     async def save(

@@ -24,6 +24,7 @@ import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -35,6 +36,7 @@ from storage import (
     KEY_KEPT_MS,
     UNSET,
     Boot,
+    Commit,
     Event,
     Fenced,
     File,
@@ -489,51 +491,57 @@ class SqliteState:
         key: Key | None = None,
     ) -> int:
         """See the contract."""
+        commit = Commit(job, event, was_version, fence, files, key)
+        return await self._write(partial(self._commit, commit))  # type: ignore[no-any-return]
 
-        def change(con: sqlite3.Connection) -> int:
-            _spend(con, key, job.id, job.version)
-            live = _live(job)
-            done = con.execute(
-                # The fence never falls: a command may have read the row before it was claimed.
-                "UPDATE jobs SET name=?, state=?, version=?, fence=max(fence, ?), incarnation=?,"
-                " priority=?, rank=?, not_before=?, ended_at=?, live=?,"
-                " live_name = CASE WHEN ? THEN live_name END,"
-                " lease_ends = CASE WHEN ? THEN lease_ends END, doc=?, progress=?"
-                " WHERE id=? AND version=? AND state=? AND fence=coalesce(?, fence)",
-                (
-                    job.name,
-                    job.state,
-                    job.version,
-                    job.fence,
-                    self._incarnation,
-                    job.priority,
-                    job.rank,
-                    _clock(job),
-                    job.ended_at,
-                    live,
-                    live,
-                    fence is None and job.state == "queued",  # a command leaves the lease alone
-                    _doc(job),
-                    _encode(job.progress),
-                    job.id,
-                    was_version,
-                    event.from_,
-                    fence,
-                ),
-            )
-            if done.rowcount == 0:
-                self._guard(con, job.id, was_version, fence)
-                raise Stale(job.id)  # its state is not the one that the event begins with
-            for file in files:
-                _add_file(con, file)
-            if event.from_ != job.state:
-                self._count(job, event.from_, -1)
-                self._count(job, job.state, 1)
-            if job.after and not job.blocked and self._any_waits:
-                con.execute("DELETE FROM waits WHERE child = ?", (job.id,))
-            return self._log_event(con, event, job)
+    async def commit_all(self, commits: Sequence[Commit]) -> list[int | BaseException]:
+        """See the contract."""
+        writes = [self._write(partial(self._commit, commit)) for commit in commits]
+        return list(await asyncio.gather(*writes, return_exceptions=True))
 
-        return await self._write(change)  # type: ignore[no-any-return]
+    def _commit(self, commit: Commit, con: sqlite3.Connection) -> int:
+        job, event, was_version, fence, files, key = commit
+        _spend(con, key, job.id, job.version)
+        live = _live(job)
+        done = con.execute(
+            # The fence never falls: a command may have read the row before it was claimed.
+            "UPDATE jobs SET name=?, state=?, version=?, fence=max(fence, ?), incarnation=?,"
+            " priority=?, rank=?, not_before=?, ended_at=?, live=?,"
+            " live_name = CASE WHEN ? THEN live_name END,"
+            " lease_ends = CASE WHEN ? THEN lease_ends END, doc=?, progress=?"
+            " WHERE id=? AND version=? AND state=? AND fence=coalesce(?, fence)",
+            (
+                job.name,
+                job.state,
+                job.version,
+                job.fence,
+                self._incarnation,
+                job.priority,
+                job.rank,
+                _clock(job),
+                job.ended_at,
+                live,
+                live,
+                fence is None and job.state == "queued",  # a command leaves the lease alone
+                _doc(job),
+                _encode(job.progress),
+                job.id,
+                was_version,
+                event.from_,
+                fence,
+            ),
+        )
+        if done.rowcount == 0:
+            self._guard(con, job.id, was_version, fence)
+            raise Stale(job.id)  # its state is not the one that the event begins with
+        for file in files:
+            _add_file(con, file)
+        if event.from_ != job.state:
+            self._count(job, event.from_, -1)
+            self._count(job, job.state, 1)
+        if job.after and not job.blocked and self._any_waits:
+            con.execute("DELETE FROM waits WHERE child = ?", (job.id,))
+        return self._log_event(con, event, job)
 
     async def save(
         self,
