@@ -47,6 +47,17 @@ async def written(world: World, job_id: str) -> bytes:
     return path.read_bytes()
 
 
+async def further(world: World, job_id: str) -> None:
+    """Return when the job has come further; after a pause that was cold, in another frame."""
+    before = (await world.job(job_id)).progress.done
+
+    def is_further() -> bool:
+        process = world.runners._live.get(job_id)
+        return process is not None and process.meter.done > before
+
+    await eventually(is_further, "progress")
+
+
 EXPECTED = b"".join(b"%d\n" % n for n in range(300))
 
 
@@ -70,9 +81,7 @@ async def test_a_pause_holds_it_and_it_goes_on(tmp_path: Path, warm_s: float) ->
         job_id = await world.start("steps", {"steps": 300, "pause_s": 0.002})
         for _ in range(3):
             await world.until(job_id, RUNNING)
-            meter = world.runners._live[job_id].meter
-            before = meter.done
-            await eventually(lambda: meter.done > before, "progress")  # noqa: B023
+            await further(world, job_id)
             await world.tell(job_id, "pause")
             await world.until(job_id, PAUSED)
             if warm_s:
