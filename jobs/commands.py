@@ -521,7 +521,8 @@ class _Order:
 
     def _key_for(self, job_id: str) -> Key | None:
         key = self._key
-        return key._replace(key=f"{key.key}#{job_id}") if key is not None else None
+        # No client's own key has a line break in it.
+        return key._replace(key=f"{key.key}\n{job_id}") if key is not None else None
 
 
 def _checked(command: Command) -> msgspec.Struct:

@@ -81,6 +81,47 @@ def test_the_lines_of_the_simple_api_page_work(server: Server, tmp_path: Path) -
     assert server.get(f"/v1/files/{last['id']}/content").body == data
 
 
+def test_the_lines_of_the_rest_page_work(server: Server, tmp_path: Path) -> None:
+    """Each curl line of docs/rest.md is obeyed, given a job of the sort that it is about."""
+    server.post("/upload?file_name=a.iso&is_complete=true", b"bytes")
+    server.post("/upload?file_name=half.iso&bytes_read=0", b"bytes")
+    endless = {"kind": "count", "params": {"steps": 10**6, "delay_s": 0.01}}
+
+    def unfinished() -> str:
+        return str(server.jobs("?kind=upload&state=running")[0]["id"])
+
+    def running() -> str:
+        return str(server.wait_for(server.post("/v1/jobs", endless).json["id"], "running")["id"])
+
+    def at_version_4() -> str:
+        job = running()
+        for name in ("a", "b"):
+            server.request("PATCH", f"/v1/jobs/{job}", {"name": name})
+        return job
+
+    def ended() -> str:
+        body = {"kind": "count", "params": {"steps": 0}}
+        return str(server.post("/v1/jobs", body, Prefer="wait=30").json["id"])
+
+    sorts = {
+        "limit_bytes_per_s": unfinished,
+        'If-Match: "4"': at_version_4,
+        "/pause": running,
+        "/delete": ended,
+        "/log": ended,
+    }
+    lines = commands("docs/rest.md")
+    assert len(lines) >= 10
+    for line in lines:
+        job = next((make() for part, make in sorts.items() if part in line), "")
+        assert job or "$JOB" not in line, line
+        answer = run(f"JOB={job}; {line.replace('curl', 'curl -fsS', 1)}", server, tmp_path)
+        if "/log" not in line:
+            json.loads(answer.stdout)
+    server.post("/v1/jobs/cancel", {"filter": {}})
+    eventually(lambda: server.jobs("?state=running&state=cancelling") == [], "all have ended")
+
+
 def test_the_example_kind_counts_lines_and_can_be_paused(tmp_path: Path) -> None:
     """The process of docs/kinds.md is a kind; paused until it is cold, it still counts right."""
     code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "kinds.md").read_text(), re.S)

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tornado.iostream import IOStream
 
+from handlers.feed import Feed, Feeds
+from handlers.messages import Sub
+from jobs.channel import text_frame
+from jobs.events import Hub
 from tests.handlers.clients import Raw
 from tests.harness import Server, eventually
+from tests.jobs.world import OWNER, World, a_kind
+from tests.jobs.world import eventually as until
 
 # Says each line when it is told to: a file appears whose name is the number of the line.
 TALK = """
@@ -259,6 +268,57 @@ def test_a_reader_that_does_not_read_is_let_go(talker: Server) -> None:
         got = raw.rest()
     assert not got.endswith(b"0\r\n\r\n")
     assert said > 100
+
+
+class Corridor:
+    """A door that does nothing by itself."""
+
+    def beat(self, now_s: float) -> bool:
+        """See Shell."""
+        return True
+
+    def bye(self, retry_ms: int) -> None:
+        """See Shell."""
+
+    def fail(self) -> None:
+        """See Shell."""
+
+
+async def follow_and_leave(folder: Path) -> None:
+    """Follow a job's log by three subscriptions of two feeds, and end them one after the other."""
+
+    async def hold(ctx: Any, params: Any) -> None:
+        await ctx.sleep(60)
+
+    async with World(folder, a_kind("hold", hold)) as world:
+        job = await world.start("hold")
+        feeds = Feeds(Hub(world.state, world.boot), world.manager)
+        ends = [socket.socketpair() for _ in range(2)]
+        streams = [IOStream(mine) for mine, _ in ends]
+        one, two = (Feed(feeds, OWNER, stream, text_frame, Corridor()) for stream in streams)
+        for feed, id in ((one, 1), (one, 2), (two, 1)):
+            feed.subscribe(Sub(id=id, log=job))
+        listeners = world.manager._news
+        await until(lambda: len(listeners.get(job, ())) == 3, "they listen")
+        one.subscribe(Sub(id=1, log=job))
+        one.unsubscribe(2)
+        await until(lambda: len(listeners[job]) == 2, "one has ended, and one was replaced")
+        one.close()
+        assert len(listeners[job]) == 1
+        await world.tell(job, "cancel")
+        await world.until(job, "cancelled")
+        await world.manager.delete(job, owner=OWNER, by=world.by())
+        await two.follow()
+        assert not listeners
+        two.close()
+        for stream, (_, other) in zip(streams, ends, strict=True):
+            stream.close()
+            other.close()
+
+
+def test_the_channel_lets_go_of_the_logs_that_it_follows(tmp_path: Path) -> None:
+    """A subscription that ends, is replaced, or loses its job listens to nothing any more."""
+    asyncio.run(follow_and_leave(tmp_path))
 
 
 def test_the_end_of_the_service_is_no_end_of_the_log(tmp_path: Path) -> None:
