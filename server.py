@@ -77,7 +77,6 @@ class Parts:
     state: State
     blobs: Blobs
     services: Services
-    runners: Runners
 
 
 def lock_folder(folder: Path) -> IO[str]:
@@ -130,7 +129,7 @@ async def assembled(config: Config, kinds: Registry | None = None) -> AsyncItera
     )
     files = Files(state, blobs)
     children = Children(folder)
-    runners = Runners(
+    Runners(
         manager,
         state,
         blobs,
@@ -186,7 +185,7 @@ async def assembled(config: Config, kinds: Registry | None = None) -> AsyncItera
     )
     try:
         await children.open()
-        yield Parts(state, blobs, services, runners)
+        yield Parts(state, blobs, services)
     finally:
         await children.close()
         await blobs.close()
@@ -360,7 +359,7 @@ async def trial_ground(
         await recover(parts)
         services = parts.services
         try:
-            yield Ground(services.manager, parts.runners, services.uploads, services.files)
+            yield Ground(services.manager, services.uploads, services.files)
         finally:
             await services.manager.close(_CLOSING_S)
 

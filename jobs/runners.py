@@ -283,7 +283,7 @@ class Process:
         self._dropped = 0
         self._dirty = False
         self._nap: asyncio.Future[None] | None = None
-        self.is_exact = runners.is_exact
+        self.is_exact = False  # its child waits at each checkpoint, for a harness that counts them
         self._programs: list[Program] = []
         self._moved = True  # there was a checkpoint since the clock has looked
         self._listens = False  # to its programs: that is no sign of life
@@ -917,6 +917,8 @@ class Process:
 class Runners:
     """The driver of all processes."""
 
+    process: type[Process] = Process  # a harness has one that is watched
+
     def __init__(
         self,
         manager: Manager,
@@ -935,7 +937,6 @@ class Runners:
         self.warm_s = warm_s
         self.children = children
         self.child_grace_s = child_grace_s
-        self.is_exact = False  # children wait at each checkpoint, for a harness that counts them
         self.lane = Lane()
         self.closed = False
         self._live: dict[str, Process] = {}
@@ -963,7 +964,7 @@ class Runners:
             return
         kind = self.manager.kinds.get(job.kind)
         assert kind is not None
-        process = Process(self, job, kind)
+        process = self.process(self, job, kind)
         self._live[job.id] = process
 
         def forget(task: asyncio.Task[None]) -> None:

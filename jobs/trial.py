@@ -1,13 +1,14 @@
 """One trial of a kind: its job runs on a folder of its own and is disturbed at one point.
 
 Strategy. A *point* is where a disturbance can meet a job: a call of ``checkpoint``, ``sleep`` or
-``undo``, and the end of ``run``. The kind is run through a ``Probe`` of its context that counts
-them; at the trial's point it pauses or cancels the job by the manager, as a person would, or ends
-the process by SIGKILL, before the call goes on. So each disturbance meets exactly that point.
+``undo``, a wait for a program, and the end of ``run``. The job is a ``Process`` that counts them;
+at the trial's point it pauses or cancels itself by the manager, as a person would, or ends the
+server by SIGKILL, before the call goes on. So each disturbance meets exactly that point. A kind
+that runs in a child is met in the same way, since its child waits at each checkpoint.
 
-Each trial has two sorts of processes, made by fork. A *warden* copies the prepared folder, and
+Each trial has two sorts of processes, made by fork. An *overseer* copies the prepared folder, and
 starts the service's parts on it in a *server* process. When that was killed it starts another one,
-which recovers like any start after a crash. The warden adopts whatever the kind leaves running.
+which recovers like any start after a crash. The overseer adopts whatever the kind leaves running.
 
 Working folder and TMPDIR of the servers are an empty folder of the trial, so that files which a
 kind makes by itself are seen, too.
@@ -36,7 +37,7 @@ from jobs.add import add
 from jobs.files import Files, now_ms
 from jobs.kinds import JobCancelled, JobPaused, Kind, Registry, Source, load_kind
 from jobs.manager import Manager
-from jobs.runners import Runners
+from jobs.runners import Process, Runners
 from jobs.uploads import Uploads
 from storage import By, File, Filter, Job
 
@@ -50,10 +51,13 @@ MODES = {
     "lost": "killed before its cursor was saved",
     "cancel": "cancelled",
     "abort": "cancelled, and killed before anything was undone",
+    "child": "its child processes killed",
+    "both": "killed together with its child processes",
 }
 ENDING = frozenset({"cancel", "abort"})
-KILLING = frozenset({"kill", "lost", "abort"})
-_ANYWHERE = frozenset({"checkpoint", "sleep"})
+KILLING = frozenset({"kill", "lost", "abort", "both"})
+OF_PROGRAMS = frozenset({"child", "both"})
+_ANYWHERE = frozenset({"checkpoint", "sleep", "wait"})
 
 _SETTLE_S = 3.0  # for what follows the end of a job, and for processes that are told to end
 _COPY_BYTES = 1 << 20
@@ -66,7 +70,6 @@ class Ground(NamedTuple):
     """The parts of a service on one folder that a trial needs, recovered and open."""
 
     manager: Manager
-    runners: Runners
     uploads: Uploads
     files: Files
 
@@ -84,7 +87,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     base: str  # the prepared folder
     folder: str  # of this trial
     mode: str = ""  # one of MODES, or nothing
-    point: int = 0  # from 1, over all sorts of points
+    sort: str = ""  # of the point at which
+    nth: int = 0  # of that sort, from 1
     timeout_s: float = 60.0
 
 
@@ -105,117 +109,120 @@ class Outcome(msgspec.Struct, kw_only=True):
     error: str = ""
     artefacts: list[Artefact] = []
     points: list[str] = []  # sorts, in order
+    with_program: list[bool] = []  # of each point: whether a program of the job ran then
     reached: bool = False  # whether the job came to the plan's point
     wrong: list[str] = []  # what is left over, or unsound
     seconds: float = 0.0
 
 
-def may(mode: str, sort: str) -> bool:
+def may(mode: str, sort: str, with_program: bool) -> bool:
     """Whether a mode has a meaning at a sort of point."""
+    if mode in OF_PROGRAMS and not with_program:
+        return False
     return sort in _ANYWHERE or (sort in ("undo", "end") and mode in ("lost", "abort"))
 
 
-# The probe: inside the job
+# Inside the job
 
 
 class _Disturbance:
     """Counts the points of a job and does at one of them what the plan says."""
 
-    def __init__(self, mode: str, point: int) -> None:
+    def __init__(self, mode: str, sort: str, nth: int) -> None:
         self.points: list[str] = []
+        self.with_program: list[bool] = []  # of each point: whether a program of the job ran
         self.reached = False
         self.frames = 0
         self.deaf: list[str] = []
         self._mode = mode
-        self._point = point
+        self._sort = sort
+        self._left = {sort: nth}  # how many points of a sort until it is the one
+        self._is_here = False
         self._saved = False
 
-    async def meet(self, sort: str, job_id: str, ground: Ground) -> None:
-        """The job is about to do something of this sort."""
+    async def meet(self, sort: str, job_id: str, manager: Manager, pids: list[int]) -> None:
+        """The job is about to do something of this sort; its programs are these processes."""
         self.points.append(sort)
-        if self._saved:
+        self.with_program.append(bool(pids))
+        if self._saved and (sort != "wait" or self._sort == "wait"):
             _die()
-        if len(self.points) != self._point:
+        self._left[sort] = self._left.get(sort, 0) - 1
+        self._is_here = self._left[sort] == 0
+        if not self._is_here:
             return
         self.reached = True
-        if self._mode in ("warm", "cold"):
-            await _command(ground, job_id, "pause")
-        elif self._mode in ENDING:
-            await _command(ground, job_id, "cancel")
-        if self._mode in ("lost", "abort"):
+        match self._mode:
+            case "warm" | "cold":
+                await _command(manager, job_id, "pause")
+            case "cancel" | "abort":
+                await _command(manager, job_id, "cancel")
+            case "child" | "both":
+                for pid in pids:
+                    os.kill(pid, signal.SIGKILL)
+        if self._mode in ("lost", "abort", "both"):
             _die()
 
-    async def passed(self, ground: Ground) -> None:
+    async def passed(self, runners: Runners) -> None:
         """The job has done it and goes on."""
-        if self._mode == "kill" and len(self.points) == self._point:
-            await ground.runners.save()
+        if self._mode == "kill" and self._is_here:
+            await runners.save()
             self._saved = True
 
 
-class _Probe:
-    """A job's context, watched."""
+class _Watched(Process):
+    """A process whose points are counted; so are those of its child, which waits at each."""
 
-    def __init__(self, ctx: Any, met: _Disturbance, ground: Ground) -> None:
-        self._ctx = ctx
-        self._met = met
-        self._ground = ground
-        self._ended = ""  # by what
+    met: _Disturbance
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._ctx, name)
+    def __init__(self, runners: Runners, job: Job, kind: Kind) -> None:
+        super().__init__(runners, job, kind)
+        self.is_exact = True
+        self._told = ""  # to end, and how
 
     async def checkpoint(self, cursor: Any = None, **progress: Any) -> None:
         """See Context."""
-        await self.meet("checkpoint")
-        await self._pass(self._ctx.checkpoint(cursor, **progress))
+        # A program's own turns say nothing, and how many there are is chance.
+        says_nothing = cursor is None and not progress and self._programs
+        await self._meet("wait" if says_nothing else "checkpoint")
+        await self._pass(super().checkpoint(cursor, **progress))
 
     async def sleep(self, seconds: float) -> None:
         """See Context."""
-        await self.meet("sleep")
-        await self._pass(self._ctx.sleep(seconds))
+        await self._meet("sleep")
+        await self._pass(super().sleep(seconds))
+
+    async def attend(self, news: asyncio.Future[None], wait_s: float) -> None:
+        """See Process."""
+        await self._meet("wait")
+        await self._pass(super().attend(news, wait_s))
 
     async def undo(self, name: str, **args: Any) -> None:
         """See Context."""
-        await self.meet("undo")
-        await self._ctx.undo(name, **args)
+        await self._meet("undo")
+        await super().undo(name, **args)
 
-    async def meet(self, sort: str) -> None:
-        """The job is about to do something of this sort; not if it was told to end."""
-        if self._ended:
-            self._met.deaf.append(f"it went on after it was {self._ended}")
-        await self._met.meet(sort, self._ctx.job_id, self._ground)
+    async def _work(self, params: Any) -> dict[str, Any] | None:
+        self.met.frames += 1
+        try:
+            data = await super()._work(params)
+            await self._meet("end")
+            return data
+        finally:
+            self.met.frames -= 1
+
+    async def _meet(self, sort: str) -> None:
+        if self._told:
+            self.met.deaf.append(f"it went on after it was {self._told}")
+        pids = [program.pid for program in self._programs]
+        await self.met.meet(sort, self.job_id, self._runners.manager, pids)
 
     async def _pass(self, call: Awaitable[None]) -> None:
         try:
             await call
         except (JobPaused, JobCancelled) as end:
-            self._ended = "paused" if isinstance(end, JobPaused) else "cancelled"
+            self._told = "paused" if isinstance(end, JobPaused) else "cancelled"
             raise
-        await self._met.passed(self._ground)
-
-
-class _Live:
-    """The ground under the kind that runs on it; it is there once the service is open."""
-
-    def __init__(self, met: _Disturbance) -> None:
-        self.met = met
-        self.ground: asyncio.Future[Ground] = asyncio.get_running_loop().create_future()
-
-    def watched(self, kind: Kind) -> Kind:
-        """The kind, with a probe for its context."""
-
-        async def run(ctx: Any, params: Any) -> Any:
-            ground = await self.ground
-            self.met.frames += 1
-            probe = _Probe(ctx, self.met, ground)
-            try:
-                data = await kind.run(probe, params)
-                await probe.meet("end")
-                return data
-            finally:
-                self.met.frames -= 1
-
-        return kind._replace(run=run)
+        await self.met.passed(self._runners)
 
 
 def _die() -> None:
@@ -226,8 +233,8 @@ def _by() -> By:
     return By(actor=OWNER, via="system", at=now_ms())
 
 
-async def _command(ground: Ground, job_id: str, verb: str) -> None:
-    await ground.manager.command(job_id, verb, owner=OWNER, by=_by())
+async def _command(manager: Manager, job_id: str, verb: str) -> None:
+    await manager.command(job_id, verb, owner=OWNER, by=_by())
 
 
 # A server process
@@ -244,14 +251,13 @@ async def _serve(plan: Plan, opened: Open) -> Outcome:
     """Start the job, or find it after a crash; drive it to its end, and look what is there."""
     folder = Path(plan.folder)
     begun = monotonic()
-    met = _Disturbance(plan.mode, plan.point)
-    live = _Live(met)
+    met = _Watched.met = _Disturbance(plan.mode, plan.sort, plan.nth)
+    Runners.process = _Watched
     kind = load_kind(plan.source, plan.name)
     warm_s = 0.0 if plan.mode == "cold" else _WARM_S
-    async with opened(folder / "data", Registry([live.watched(kind)]), warm_s) as ground:
+    async with opened(folder / "data", Registry([kind]), warm_s) as ground:
         manager = ground.manager
         held = set(_held(folder))
-        live.ground.set_result(ground)
         page = await manager.find(Filter(owner=OWNER, kinds=(kind.name,)), None, 1)
         if page.items:
             job = page.items[0]
@@ -261,6 +267,7 @@ async def _serve(plan: Plan, opened: Open) -> Outcome:
         job = await _drive(ground, job.id, met, cold=plan.mode == "cold")
         found = await _look(ground, job, folder)
         found.points, found.reached = met.points, met.reached
+        found.with_program = met.with_program
         found.wrong += dict.fromkeys(met.deaf)
         found.wrong += await _settled(
             lambda: [
@@ -291,7 +298,7 @@ async def _drive(ground: Ground, job_id: str, met: _Disturbance, *, cold: bool) 
             if job.state == states.PAUSED:
                 while cold and met.frames:
                     await asyncio.sleep(0.001)
-                await _command(ground, job_id, "resume")
+                await _command(manager, job_id, "resume")
             await changed.wait()
     finally:
         manager.unlisten(job_id, news)
@@ -380,7 +387,7 @@ def _left_files(base: Path, folder: Path, found: Outcome) -> Iterator[str]:
         yield from (f"{name} is left in the data folder" for name in sorted(left))
         yield from (f"{name} is left" for name in sorted(tree(folder / "work")))
     else:
-        tmp = (name for name in sorted(left) if name.startswith("tmp/"))
+        tmp = (name for name in sorted(left) if name.startswith(("tmp/", "work/")))
         yield from (f"{name} is left in the data folder" for name in tmp)
 
 
@@ -418,10 +425,10 @@ def _server(plan: Plan, opened: Open) -> None:
         os._exit(status)
 
 
-# A warden
+# An overseer
 
 
-def warden(plan: Plan, opened: Open) -> None:
+def overseer(plan: Plan, opened: Open) -> None:
     """Run a trial and leave its outcome in ``folder/result``; never returns."""
     status = 1
     folder = Path(plan.folder)
@@ -464,7 +471,7 @@ def _watch(plan: Plan, opened: Open) -> Outcome:
         status = _wait(pid, plan.timeout_s + _SETTLE_S)
         left += _orphans()
         if status == -signal.SIGKILL and now.mode in KILLING:
-            now, killed = msgspec.structs.replace(plan, mode="", point=0), True
+            now, killed = msgspec.structs.replace(plan, mode="", sort="", nth=0), True
             continue
         break
     log = (Path(plan.folder) / "log").read_text(errors="replace")[-_LOG_CHARS:]

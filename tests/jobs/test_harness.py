@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from jobs.harness import Report, check
+from jobs.trial import MODES
 from tests.harness import FULL, ROOT
 
 HEAD = """
@@ -190,6 +191,7 @@ def test_a_good_kind_passes_at_every_point(tmp_path: Path) -> None:
     """Each mode meets each point at which it has a meaning."""
     report = check(kind(tmp_path, GOOD), {"steps": 3}, sample=0)
     assert isinstance(report, Report)
+    assert "child" not in report.trials  # it has none
     assert (report.kind, report.points) == ("tried", {"undo": 1, "checkpoint": 3, "sleep": 3})
     assert report.trials == dict(warm=6, cold=6, kill=6, lost=8, cancel=6, abort=8)
     assert (report.missed, report.differences) == (0, [])
@@ -240,6 +242,22 @@ def test_a_failure_brings_the_log_along(tmp_path: Path) -> None:
     text = found(tmp_path, FAILS)
     assert "about to divide" in text
     assert "ZeroDivisionError" in text
+
+
+def test_a_kind_in_a_child_is_disturbed_there_too(tmp_path: Path) -> None:
+    """Its checkpoints are points as well, and its process may be the one that dies."""
+    path = ROOT / "tests" / "jobs" / "child_kinds" / "steps.py"
+    report = check(path, {"steps": 3}, ignore=["attempt"], sample=0 if FULL else 1)
+    assert report.points["checkpoint"] == 3
+    assert report.trials.keys() == MODES.keys()
+    assert min(report.trials.values()) >= 1
+
+
+def test_a_kind_in_a_child_that_forgets_is_found_out(tmp_path: Path) -> None:
+    """What the child does wrong is told as if it were on the lane."""
+    body = FORGETFUL + '\nRUNNER = "child"\n'
+    text = found(tmp_path, body, modes=["cold"], sample=1)
+    assert "cold, checkpoint 3: lines.txt has 14 bytes, undisturbed 8; byte 6" in text
 
 
 def test_fields_may_be_left_out(tmp_path: Path) -> None:
