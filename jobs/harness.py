@@ -26,21 +26,25 @@ import os
 import select
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
+from itertools import zip_longest
 from pathlib import Path
 from time import monotonic
 from typing import Any, NoReturn, TypeVar
+from urllib.parse import quote
 
 import msgspec
 
 from errors import SluiceError
 from jobs.kinds import Kind, Registry, kind_in
 from jobs.states import CANCELLED, FAILED, SUCCEEDED
+from jobs.tables import TABLE
 from jobs.trial import (
     ENDING,
     MODES,
@@ -64,6 +68,7 @@ _BLOCK_BYTES = 1 << 20
 _WAITS = 5  # waits for programs that are tried; how many there are is chance
 _SHOWN = 20  # differences that the report for people has
 _SHOWN_CHARS = 300
+_ABOUT = "SELECT key, value FROM meta WHERE key != 'mark' ORDER BY key"
 _PROGRAM = Path(__file__).parent.parent / "server.py"
 
 
@@ -367,7 +372,8 @@ class _Examination:
                     points.append((sort, seen[sort]))
             waits = [point for point in points if point[0] == "wait"]
             others = [point for point in points if point[0] != "wait"]
-            for sort, nth in (*_spread(others, self._ask.sample), *_spread(waits, _WAITS)):
+            some = _spread(waits, 1 if others else min(self._ask.sample or _WAITS, _WAITS))
+            for sort, nth in (*_spread(others, self._ask.sample), *some):
                 folder = str(self._place / str(next(numbers)))
                 plan = msgspec.structs.replace(self._plan, folder=folder, mode=mode)
                 yield msgspec.structs.replace(plan, sort=sort, nth=nth)
@@ -461,7 +467,22 @@ def _unlike_artefacts(found: Sequence[Artefact], model: Sequence[Artefact]) -> I
         yield f"the artefacts are {', '.join(told) or 'none'}, undisturbed {', '.join(wanted)}"
         return
     for artefact, other in zip(found, model, strict=True):
-        yield from _unlike_files(Path(artefact.path), Path(other.path), artefact.name)
+        unlike = _unlike_tables if artefact.layout == TABLE else _unlike_files
+        yield from unlike(Path(artefact.path), Path(other.path), artefact.name)
+
+
+def _unlike_tables(found: Path, model: Path, name: str) -> Iterator[str]:
+    """The first row that differs. Where a database keeps its rows depends on its commits."""
+    with closing(_database(found)) as one, closing(_database(model)) as other:
+        for query in (_ABOUT, "SELECT * FROM rows"):  # these come in their order by themselves
+            rows = zip_longest(one.execute(query), other.execute(query))
+            unlike = ((row, wanted) for row, wanted in rows if row != wanted)
+            if (first := next(unlike, None)) is not None:
+                yield f"{name} has {_short(first[0])}, undisturbed {_short(first[1])}"
+
+
+def _database(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(f"file:{quote(str(path))}?mode=ro&immutable=1", uri=True)
 
 
 def _unlike_folders(found: Path, model: Path) -> Iterator[str]:
