@@ -354,6 +354,7 @@ class _Run:
 
     async def _follow(self, program: Program, total: int) -> None:
         """Tell what the program says, and how far it is, until it has ended."""
+        read = 0
         regex, is_json = _regex(self._entry), self._entry.progress == "json"
         async for line in program:
             marks = Marks()
@@ -362,9 +363,11 @@ class _Run:
                 if marks == Marks():
                     self._last = line.text.strip()[:_LAST_CHARS]
                     self._log(line.text)
-            if total:
-                marks = marks._replace(done=min(program.read_bytes(), total))
-            await self._ctx.checkpoint(**marks._asdict())
+            if total and (done := min(program.read_bytes(), total)) > read:
+                read = done
+                marks = marks._replace(done=done)
+            if line is not None or marks != Marks():  # else it is silent, as a stall timeout means
+                await self._ctx.checkpoint(**marks._asdict())
 
     def _log(self, line: str) -> None:
         """Log a line, and of many in one second the first only."""

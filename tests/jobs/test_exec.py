@@ -96,6 +96,14 @@ argv = ["env"]
 stdout = "env.txt"
 env = {COLOUR = "red"}
 
+[silent]
+argv = ["sh", "-c", "echo begun; sleep 1000"]
+stall_timeout_s = 0.4
+
+[slow]
+argv = ["sh", "-c", "while sleep 0.01; do echo 'a line'; done"]
+run_timeout_s = 0.5
+
 [missing]
 argv = ["no-such-program"]
 """
@@ -317,6 +325,17 @@ async def test_failures_say_why(tmp_path: Path) -> None:
         job = await world.until(await world.start("exec.missing"), *states.FINAL)
         assert job.state == FAILED and job.error is not None
         assert "No such file" in job.error["detail"]
+
+
+@pytest.mark.parametrize("kind, code", [("exec.silent", "stalled"), ("exec.slow", "timeout")])
+async def test_it_may_not_be_silent_or_run_for_ever(tmp_path: Path, kind: str, code: str) -> None:
+    """A program that is silent or runs for too long is ended, and its job fails."""
+    rig = Rig(tmp_path)
+    async with rig.world as world:
+        job = await world.until(await world.start(kind), *states.FINAL)
+        assert job.state == FAILED and job.error is not None
+        assert job.error["code"] == code
+        assert not descendants()
 
 
 async def test_its_environment_is_bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
