@@ -35,13 +35,13 @@ from handlers.auth import Caller, Cors, Hosts, Proxies, check_site, identify
 from handlers.feed import Feeds
 from handlers.now import Now
 from handlers.wire import Body, block_body, read_body_by, turns
-from jobs.commands import Commands
+from jobs.commands import Commands, following
 from jobs.downloads import Downloads
 from jobs.events import Hub
 from jobs.files import Files, uuid7
 from jobs.growing import Growing
 from jobs.kinds import invalid
-from jobs.manager import Manager
+from jobs.manager import Following, Manager
 from jobs.states import STATES
 from jobs.uploads import ClientGone, Uploads
 
@@ -417,6 +417,10 @@ class BaseHandler(WithOptions):
         if drop_slash and text.endswith("/"):
             text = text[:-1]
         return _parameters(text, (), known)[1]
+
+    def following(self, text: str | bytes | None) -> Following | None:
+        """The start that shall follow an upload, checked, if one is given (docs/queue.md)."""
+        return None if text is None else following(self.services.manager, text)
 
     def filters(
         self, repeated: Iterable[str], *known: str

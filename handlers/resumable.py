@@ -308,6 +308,7 @@ class CreationHandler(ResumableHandler):
         length = self.length(None)
         await uploads.check(caller.owner, self.body.length if length is None else length)
         name = fields.file_name(headers.get("Content-Disposition"))
+        then = self.following(self.get_query_argument("then", None))
         self.job, _ = await uploads.create(
             clean_name(name, "filename") if name else f"upload-{uuid7()[-6:]}",
             owner=caller.owner,
@@ -322,6 +323,7 @@ class CreationHandler(ResumableHandler):
                 firm=True,  # section 4.1.1
                 media_type=fields.media_type(headers.get("Content-Type")),
             ),
+            following=then,
         )
         self.inform({"Location": self.address(self.job), "Upload-Limit": self.limits(self.job)})
 

@@ -122,8 +122,9 @@ class UploadHandler(SimpleHandler):
         await self.services.uploads.check(self.caller.owner, self.body.length)
         self.content_type = self.request.headers.get("Content-Type", "")
         self.is_form = self.content_type.lower().startswith("multipart/form-data")
-        known = ("file_name", "bytes_read", "file_size", "is_complete")
+        known = ("file_name", "bytes_read", "file_size", "is_complete", "then")
         self.values = self.given(*known)
+        self.then = self.following(self.values.get("then"))
         if "file_name" in self.values:
             await self._admit_block()
         elif not self.is_form:
@@ -198,6 +199,7 @@ class UploadHandler(SimpleHandler):
             protocol="form",
             resumable=False,
             expected=form.rest_bytes,
+            following=self.then,
         )
         async with uploads.connect(job, self.body) as upload:
             following: Part | None = part
@@ -282,6 +284,7 @@ class UploadHandler(SimpleHandler):
             length=self.size,
             live_name=self.live_name(self.name),
             plan=Plan(by_length=True),
+            following=self.then,
         )
         return job
 

@@ -231,6 +231,9 @@ class CreationHandler(TusHandler):
         kind, _, addresses = self.concat.partition(";")
         if kind != "final" and self.concat not in ("", "partial"):
             raise _wrong("Upload-Concat", "must be 'partial', or 'final;' and addresses.")
+        self.then = self.following(self.metadata.values.get("then"))
+        if self.then is not None and self.concat == "partial":
+            raise _wrong("Upload-Metadata", "has a 'then': it belongs to the whole, not to a part.")
         self.parts = await self._parts(addresses) if kind == "final" else []
         self.length = _sum(self.parts) if self.parts else self._length()
         self.earlier = await self._joined()
@@ -347,6 +350,7 @@ class CreationHandler(TusHandler):
                 expect=self.expected,
                 media_type=self.metadata.media_type,
             ),
+            following=self.then,
         )
         return job
 

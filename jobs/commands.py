@@ -27,7 +27,7 @@ from errors import SluiceError
 from jobs import states
 from jobs.files import now_ms
 from jobs.kinds import invalid
-from jobs.manager import Manager
+from jobs.manager import Following, Manager
 from storage import By, Filter, Job, Key, Spent, Used
 
 log = logging.getLogger("sluice.jobs")
@@ -94,6 +94,40 @@ async def start(
         key=key,
     )
     return job
+
+
+_UPLOAD = "job:00000000-0000-7000-8000-000000000000"  # until the upload has an id
+_FILE_FIELDS = ("file", "source")
+
+
+def following(manager: Manager, text: str | bytes) -> Following:
+    """What shall follow an upload, as its sender says it: a start, as JSON.
+
+    Where the kind has a parameter ``file`` or ``source`` and neither is given, it will be the
+    upload's file. Raises invalid-field, unknown-kind, kind-not-startable.
+    """
+    try:
+        asked = msgspec.json.decode(text, type=StartRequest)
+    except msgspec.ValidationError as error:
+        raise invalid(error, "then") from error
+    except (msgspec.DecodeError, UnicodeError):
+        raise SluiceError("invalid-field", "then is no JSON object.", field="then") from None
+    kind, params = manager.kinds.get(asked.kind), dict(asked.params)
+    known = kind.params.__struct_fields__ if kind is not None else ()
+    fields = [name for name in _FILE_FIELDS if name in known]
+    field = fields[0] if fields and params.keys().isdisjoint(fields) else None
+    if field is not None:
+        params[field] = _UPLOAD
+    return Following(
+        asked.kind,
+        manager.parse(asked.kind, params),
+        field,
+        asked.name,
+        asked.priority,
+        asked.not_before_ms(),
+        asked.after,
+        asked.on,
+    )
 
 
 class ChangeRequest(msgspec.Struct, forbid_unknown_fields=True):

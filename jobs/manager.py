@@ -180,6 +180,22 @@ class Driver(Protocol):
         ...
 
 
+class Following(NamedTuple):
+    """A checked start that is to follow a transfer, made together with it.
+
+    ``file_field``: the parameter that names the transfer's file, if the service shall set it.
+    """
+
+    kind: str
+    params: dict[str, Any]
+    file_field: str | None
+    name: str | None
+    priority: int
+    not_before: int | None
+    after: Sequence[str]
+    on: str
+
+
 class Limits(NamedTuple):
     """Numbers of the configuration that the manager keeps."""
 
@@ -362,8 +378,13 @@ class Manager:
         params: dict[str, Any] | None = None,
         live_name: str | None = None,
         total: int | None = None,
+        following: Following | None = None,
     ) -> tuple[Job, bool]:
-        """Create a transfer; it runs at once. ``live_name`` as in ``start``."""
+        """Create a transfer; it runs at once. ``live_name`` as in ``start``.
+
+        What is ``following`` is made with it or not at all; ``params.then`` names that job. If
+        the transfer is there already, it is made now unless it is there, too.
+        """
         job = Job(
             id=job_id or uuid7(),
             kind=kind,
@@ -377,7 +398,42 @@ class Manager:
             params=params or {},
             progress=Progress(total=total, unit="bytes"),
         )
-        return await self._create(job, by, live_name)
+        if following is None:
+            return await self._create(job, by, live_name)
+        child = await self._follower(job, following)
+        job.params["then"] = child.id
+        self._reserve(owner)
+        created = follows = False
+        try:
+            job, created = await self._create(job, by, live_name, follower=child)
+            if not created and "then" not in job.params:
+                child = await self._follower(job, following)
+                child, follows = await self._create(child, by, _follower_name(job))
+        finally:
+            if not (created or follows):
+                self._count(owner, -1)
+        if follows:
+            await self._look_after(child.id)
+        return job, created
+
+    async def _follower(self, job: Job, following: Following) -> Job:
+        """The row of what follows a transfer. Raises unknown-kind, invalid-field."""
+        params = dict(following.params)
+        if following.file_field is not None:
+            params[following.file_field] = f"job:{job.id}"
+        child = self._new(
+            following.kind,
+            params,
+            owner=job.owner,
+            client=job.client,
+            name=following.name,
+            priority=following.priority,
+            not_before=following.not_before,
+        )
+        if following.after:
+            child = await self._behind(child, following.after, following.on)
+        after = (job.id, *child.after)
+        return msgspec.structs.replace(child, after=after, on=following.on, blocked=True)
 
     async def command(
         self,
@@ -955,23 +1011,36 @@ class Manager:
         return after, self._event(job.state, after, after.state, cause, actor, glance)
 
     async def _create(
-        self, job: Job, by: By, live_name: str | None, key: Key | None = None
+        self,
+        job: Job,
+        by: By,
+        live_name: str | None,
+        key: Key | None = None,
+        follower: Job | None = None,
     ) -> tuple[Job, bool]:
         if not self._open:
             raise SluiceError("stopping", retry_after_s=5)
-        job = states.created(job, self._facts(by=by))
-        glance = self._driver(job).glance(job)
-        event = self._event(None, job, job.state, "created", by.actor, glance)
-        made, created = await self._state.create(job, event, live_name=live_name, key=key)
+        job, event = self._begun(job, by)
+        self._chained |= job.blocked or follower is not None
+        second = None
+        if follower is not None:
+            second = (*self._begun(follower, by), _follower_name(job))
+        made, created = await self._state.create(
+            job, event, live_name=live_name, key=key, follower=second
+        )
         if created:
             self._remember(made)
             if made.state == states.QUEUED:
                 self._kick()
-            elif made.blocked:
-                self._chained = True
             elif made.state == states.SCHEDULED:
                 self._watch_due()
         return made, created
+
+    def _begun(self, job: Job, by: By) -> tuple[Job, Event]:
+        """A job's first row and event."""
+        job = states.created(job, self._facts(by=by))
+        glance = self._driver(job).glance(job)
+        return job, self._event(None, job, job.state, "created", by.actor, glance)
 
     async def _delete(
         self, job: Job, cause: str, by: By | None = None, key: Key | None = None
@@ -1241,6 +1310,11 @@ class Manager:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("a background task failed", exc_info=error)
+
+
+def _follower_name(job: Job) -> str:
+    """The live name of what follows a transfer, so that a repeated request makes no second one."""
+    return f"then/{job.id}"
 
 
 def _unknown(job_id: str) -> SluiceError:

@@ -26,7 +26,7 @@ import msgspec
 from errors import SluiceError
 from jobs.files import media_type_of, now_ms, uuid7
 from jobs.flow import Peer
-from jobs.manager import Glance, Grown, Manager
+from jobs.manager import Following, Glance, Grown, Manager
 from jobs.publishing import Publishing, hashed, terminated
 from jobs.rows import rfc3339
 from jobs.space import Bounds, Space
@@ -131,8 +131,11 @@ class Uploads:
         live_name: str | None = None,
         params: Mapping[str, object] | None = None,
         plan: Plan | None = None,
+        following: Following | None = None,
     ) -> tuple[Job, bool]:
         """Begin an upload of a file ``name``; a live one of ``live_name`` is returned instead.
+
+        The job ``following`` is made with it (see Manager.begin).
 
         ``length`` is binding; ``expected`` only tells the progress how long it may become. Room
         for either is held until the upload ends. Raises as ``check`` does.
@@ -155,6 +158,7 @@ class Uploads:
                 params=dict(params or {}),
                 total=length if length is not None else expected,
                 live_name=live_name,
+                following=following,
             )
         except BaseException:
             self._space.free(job_id)
