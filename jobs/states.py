@@ -52,7 +52,7 @@ DELETED: Final = "deleted"  # not a state: what the last event of a deleted job 
 FRONT: Final = -(10**14)
 
 _END_MS: Final = 10_000  # from the force of a deadline to its end
-_LOOP, _LOOP_MS = 5, 600_000  # crashes in that time; one more is no bad luck
+_LOOP, _LOOP_MS = 10, 600_000  # crashes in that time without progress; one more is no bad luck
 
 
 class Input(Enum):
@@ -159,9 +159,8 @@ def is_broken(job: Job, facts: Facts) -> bool:
 
 
 def is_looping(job: Job, facts: Facts) -> bool:
-    """A process that was running at too many crashes in a short time."""
-    recent = [at for at in job.crashes if at > facts.now - _LOOP_MS]
-    return job.transfer is None and len(recent) >= _LOOP
+    """A process that was running at too many crashes in a short time, and came no further."""
+    return job.transfer is None and len(_in_vain(job, facts.now)) >= _LOOP
 
 
 def is_looping_with_undo(job: Job, facts: Facts) -> bool:
@@ -419,11 +418,18 @@ def _of_crash(job: Job, to: str, facts: Facts) -> dict[str, Any]:
     """Fields that a crash sets. One of a process that was running is counted."""
     change: dict[str, Any] = {"attempt": job.attempt + (to == QUEUED)}
     if job.state == RUNNING and job.transfer is None:
-        recent = [at for at in job.crashes if at > facts.now - _LOOP_MS]
-        change["crashes"] = (*recent, facts.now)
+        change["crashes"] = (*_in_vain(job, facts.now), facts.now)
+        change["crashed_at"] = job.progress.done
     if to == FAILED or (to == CANCELLING and job.state == RUNNING):
         change["error"] = facts.error
     return change
+
+
+def _in_vain(job: Job, now: int) -> tuple[int, ...]:
+    """The crashes since the job has last come further."""
+    if job.progress.done > job.crashed_at:
+        return ()
+    return tuple(at for at in job.crashes if at > now - _LOOP_MS)
 
 
 def created(job: Job, facts: Facts) -> Job:

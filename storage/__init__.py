@@ -126,6 +126,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     blocked: bool = False  # it still waits for one of them
     retries: int = 0  # attempts that its kind's back-off has granted
     crashes: tuple[int, ...] = ()  # when it was running as the server died, of late
+    crashed_at: int = 0  # how far it was at the last of them (progress.done)
     by: By | None = None
     transfer: Transfer | None = None
     limit_bytes_per_s: int | None = None

@@ -170,7 +170,7 @@ async def test_a_crash_uses_no_retry(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("undo", [False, True])
 async def test_a_crash_loop_ends(tmp_path: Path, undo: bool) -> None:
-    """The sixth crash in ten minutes fails the job, after its journal has run."""
+    """The eleventh crash without progress fails the job, after its journal has run."""
     undone = []
 
     async def take_back() -> None:
@@ -187,15 +187,39 @@ async def test_a_crash_loop_ends(tmp_path: Path, undo: bool) -> None:
     kind = a_kind("killer", run, UNDO={"take_back": take_back})
     async with World(tmp_path, kind) as world:
         job_id = await world.start("killer")
-        for _ in range(5):
+        for _ in range(10):
             await world.until(job_id, "running")
             await asyncio.sleep(0.01)
             await world.restart()
-        assert (await world.until(job_id, "running")).attempt == 6
+        assert (await world.until(job_id, "running")).attempt == 11
         await world.restart()
         job = await world.until(job_id, "failed")
         assert job.error is not None
         assert (job.error["code"], undone) == ("crash-loop", [1] if undo else [])
+
+
+async def test_crashes_of_a_job_that_comes_further_do_not_count(tmp_path: Path) -> None:
+    """A job that gets on between the crashes is not what the server dies of."""
+
+    async def run(ctx: Any, params: Any) -> None:
+        """A step in each attempt."""
+        await ctx.checkpoint(1, done=ctx.attempt, total=15)
+        if ctx.attempt < 15:
+            await ctx.sleep(60)
+
+    async with World(tmp_path, a_kind("steady", run)) as world:
+        job_id = await world.start("steady")
+        for attempt in range(1, 15):
+            await eventually(lambda: meter_at(world, job_id, attempt), "its step")  # noqa: B023
+            await world.runners.save()
+            await world.restart()
+        assert (await world.until(job_id, "succeeded")).attempt == 15
+
+
+def meter_at(world: World, job_id: str, done: int) -> bool:
+    """Whether the job is so far."""
+    process = world.runners._live.get(job_id)
+    return process is not None and process.meter.done >= done
 
 
 async def test_crashes_long_ago_do_not_count(tmp_path: Path) -> None:
