@@ -396,6 +396,14 @@ class Config:
             _duration(0), "a program that is told to end (SIGTERM) is killed after this time"
         ),
     )
+    max_stopped: int = field(
+        default=64,
+        metadata=_about(
+            _whole(1, 100_000, "jobs"),
+            "paused jobs whose programs are kept stopped, with their memory; of more, the longest "
+            "paused are ended and start anew when they are resumed",
+        ),
+    )
     stop_grace_s: float = field(
         default=25.0,
         metadata=_about(

@@ -137,6 +137,7 @@ async def assembled(config: Config, kinds: Registry | None = None) -> AsyncItera
         warm_s=config.warm_s,
         children=children,
         child_grace_s=config.child_grace_s,
+        max_stopped=config.max_stopped,
     )
     uploads = Uploads(
         manager,

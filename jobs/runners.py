@@ -296,6 +296,7 @@ class Process:
                 kind.run_timeout_s, kind.stall_timeout_s, ran_s, self._is_alive, self._end_late
             )
         self._folder: Path | None = None
+        self._cold_at = 0.0  # when a warm pause ends
         self._resumed = perf_counter()
         self.task = asyncio.get_running_loop().create_task(self._run())
 
@@ -502,6 +503,12 @@ class Process:
         if self._nap is not None:
             _done(self._nap)
 
+    def chill(self) -> None:
+        """End a pause that is warm: its programs make room for others."""
+        self.log("Its program was ended to make room for others; it starts anew.")
+        self._cold_at = 0.0
+        self.wake(self.want)
+
     def resume(self, job: Job) -> None:
         """Let the frame that is still here go on, with a new lease."""
         self.fence = job.fence
@@ -535,6 +542,11 @@ class Process:
             for name, artifact in self._artifacts.items()
             if name in self._sure
         }
+
+    @property
+    def is_kept(self) -> bool:
+        """It is paused, and its programs are stopped for as long as that lasts."""
+        return self.parked and not self.over and self._cold_at == math.inf
 
     async def save(self) -> None:
         """Store cursor, progress and log lines, if they have changed."""
@@ -601,11 +613,12 @@ class Process:
         if self._clock is not None:
             self._clock.hold()
         await self._tell(Input.UNWOUND, fence=self.fence)
-        # A program that can't go on from a cursor would have run for nothing.
-        keeps = bool(self._programs) and not self._kind.resumable
-        cold = math.inf if keeps else monotonic() + self._runners.warm_s
+        self._cold_at = monotonic() + self._runners.warm_s
+        if self._programs and not self._kind.resumable:  # else it would have run for nothing
+            self._cold_at = math.inf
+            self._runners.keep(self)
         while self.parked and self.want not in ("cancel", "stop"):
-            left_s = cold - monotonic()
+            left_s = self._cold_at - monotonic()
             if left_s <= 0:
                 break
             await self._wait_s(min(left_s, _LONG_S))
@@ -929,6 +942,7 @@ class Runners:
         warm_s: float,
         children: Children,
         child_grace_s: float = 5.0,
+        max_stopped: int = 64,
     ) -> None:
         self.manager = manager
         self.state = state
@@ -937,6 +951,7 @@ class Runners:
         self.warm_s = warm_s
         self.children = children
         self.child_grace_s = child_grace_s
+        self.max_stopped = max_stopped
         self.lane = Lane()
         self.closed = False
         self._live: dict[str, Process] = {}
@@ -951,6 +966,12 @@ class Runners:
             process.resume(job)
         else:
             self.manager.spawn(self._begin_after(process, job))
+
+    def keep(self, process: Process) -> None:
+        """Keep the stopped programs of a paused job; of too many, the longest paused go."""
+        kept = [p for p in self._live.values() if p.is_kept and p is not process]
+        for other in kept[: max(0, len(kept) + 1 - self.max_stopped)]:
+            other.chill()
 
     async def _begin_after(self, process: Process, job: Job) -> None:
         """Begin when the old frame has ended, if that is then still wanted."""

@@ -209,6 +209,29 @@ async def test_a_pause_lasts_longer_than_warm(tmp_path: Path) -> None:
         assert gzip.decompress(content(world, job)) == data
 
 
+async def test_stopped_programs_are_bounded(tmp_path: Path) -> None:
+    """Of too many paused programs the longest paused is ended; it starts anew when resumed."""
+    data = big(100_000)
+    rig = Rig(tmp_path)
+    async with rig.world as world:
+        world.runners.max_stopped = 2
+        await world.store("big.txt", data)
+        jobs = [await world.start("exec.gzip", {"file": "big.txt"}) for _ in range(3)]
+        await eventually(lambda: len(descendants()) == 3, "all programs")
+        live = world.runners._live
+        pids = {job_id: live[job_id]._programs[0].pid for job_id in jobs}
+        for job_id in jobs:
+            await world.tell(job_id, "pause")
+            await world.until(job_id, PAUSED)
+        await eventually(lambda: len(descendants()) == 2, "the end of the first")
+        assert sorted(descendants()) == sorted([pids[jobs[1]], pids[jobs[2]]])
+        for job_id in jobs:
+            await world.tell(job_id, "resume")
+            job = await world.until(job_id, *states.FINAL, within_s=60)
+            assert job.state == SUCCEEDED, job.error
+            assert gzip.decompress(content(world, job)) == data
+
+
 async def test_outputs_by_path(tmp_path: Path) -> None:
     """A file that a program writes by its path becomes an artefact; a boolean is a flag."""
     data = big(20_000)
