@@ -354,6 +354,7 @@ class _Examination:
             at = f"{plan.sort} {plan.nth}" if plan.sort != "end" else "its end"
             self._judge(plan, at, outcome)
             shutil.rmtree(plan.folder)
+        report.differences.sort(key=self._order)
         for mode, n in report.trials.items():
             if not n:
                 self._differs(
@@ -407,6 +408,11 @@ class _Examination:
                     os.killpg(pid, signal.SIGKILL)
 
     # Judging
+
+    def _order(self, difference: Difference) -> tuple[int, str, int]:
+        """By mode and point, as trials end in any order."""
+        sort, _, nth = difference.at.partition(" ")
+        return self._ask.modes.index(difference.mode), sort, int(nth) if nth.isdigit() else 0
 
     def _differs(self, mode: str, at: str, text: str) -> None:
         self.report.differences.append(Difference(mode=mode, at=at, text=text))

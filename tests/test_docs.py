@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from jobs import kinds
+from jobs.harness import check
 from tests.conftest import Serve, need
 from tests.harness import ROOT, Server, eventually
 
@@ -122,26 +126,104 @@ def test_the_lines_of_the_rest_page_work(server: Server, tmp_path: Path) -> None
     eventually(lambda: server.jobs("?state=running&state=cancelling") == [], "all have ended")
 
 
-def test_the_example_kind_counts_lines_and_can_be_paused(tmp_path: Path) -> None:
-    """The process of docs/kinds.md is a kind; paused until it is cold, it still counts right."""
-    code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "kinds.md").read_text(), re.S)
-    assert code is not None
-    (tmp_path / "lines_kind.py").write_text(code[1])
-    server = Server(tmp_path / "data", "--warm-s", "0.1")
-    server.env = {"SLUICE_KINDS": str(tmp_path / "lines_kind.py")}
-    server.start()
+KINDS_PAGE = (ROOT / "docs" / "kinds.md").read_text()
+
+
+@pytest.fixture
+def author(tmp_path: Path) -> Path:
+    """A folder with the Python files of docs/kinds.md."""
+    blocks = re.findall(r"```python\n# (\S+)\n(.*?)```", KINDS_PAGE, re.DOTALL)
+    assert len(blocks) == KINDS_PAGE.count("```python")
+    for name, code in blocks:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(code)
+    return tmp_path
+
+
+def lines_of(language: str, start: str) -> list[str]:
+    """The lines of docs/kinds.md, in blocks of a language, that begin so."""
+    blocks = re.findall(rf"```{language}\n(.*?)```", KINDS_PAGE, re.DOTALL)
+    found = [line for block in blocks for line in block.splitlines() if line.startswith(start)]
+    assert found
+    return found
+
+
+def test_the_ten_minutes_of_an_author(author: Path) -> None:
+    """The kinds of docs/kinds.md are loaded, and the curl lines start one; it counts right."""
+    (make,) = lines_of("sh", "make run")
+    server = Server(author / "data", *re.findall(r'ARGS="(--kinds) (\S+)"', make)[0])
+    here = os.getcwd()
+    os.chdir(author)  # the option is relative to the folder of who starts the service
     try:
-        data = b"a line\n" * 3_000_000
-        server.post("/upload?file_name=lines.txt&is_complete=true", data)
-        start = {"kind": "lines", "params": {"file": "lines.txt"}}
-        job = server.post("/v1/jobs", start).json
-        server.post(f"/v1/jobs/{job['id']}/pause")
-        if server.wait_for(job["id"], "paused", "succeeded")["state"] == "paused":
-            server.post(f"/v1/jobs/{job['id']}/resume")
-        done = server.wait_for(job["id"], "succeeded", "failed")
-        assert done["result"]["data"] == {"lines": 3_000_000}
+        server.start()
+    finally:
+        os.chdir(here)
+    try:
+        page = server.get("/v1/kinds").json
+        assert page["problems"] == []
+        assert {"lines", "copy-out", "primes"} <= {kind["kind"] for kind in page["items"]}
+        lines = [*lines_of("sh", "seq"), *lines_of("sh", "curl")]
+        job = json.loads([run(line, server, author).stdout for line in lines][-1])
+        assert job["state"] == "succeeded"
+        assert job["result"]["data"] == {"lines": 1_000_000}
     finally:
         server.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(3))
+def test_the_checks_of_an_author(author: Path, number: int) -> None:
+    """Each ``check`` of docs/kinds.md finds nothing wrong (here at two points)."""
+    checks = lines_of("sh", "python server.py check")
+    assert len(checks) == 3
+    (author / "numbers.txt").write_text("".join(f"{n}\n" for n in range(200_000)))
+    words = shlex.split(checks[number])[3:]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "server.py"), "check", *words, "--sample", "2"],
+        cwd=author,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "as undisturbed" in done.stdout
+
+
+def test_the_mistake_of_an_author_is_found(author: Path) -> None:
+    """What docs/kinds.md replaces in its first kind is found out, in the words that it shows."""
+    path = author / "mykinds" / "lines.py"
+    right, wrong = "ctx.cursor or (0, 0)  #", "(ctx.cursor or (0, 0))[0], 0  #"
+    assert right in path.read_text()
+    path.write_text(path.read_text().replace(right, wrong))
+    text = "".join(f"{n}\n" for n in range(200_000)).encode()
+    with pytest.raises(AssertionError, match=r"cold, checkpoint \d+: result.data is {\"lines\": "):
+        check(path, {"file": "a"}, {"a": text}, modes=["cold"], sample=1)
+
+
+@pytest.mark.slow
+def test_the_test_of_an_author_passes(author: Path) -> None:
+    """The three lines of docs/kinds.md are a test, and it passes."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "mykinds"],
+        cwd=author,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "1 passed" in done.stdout, done.stdout + done.stderr
+
+
+def test_the_reference_of_kinds_is_complete() -> None:
+    """docs/kinds.md names each constant that a kind may declare, and each part of its context."""
+    declared = set(re.findall(r"^    ([A-Z_]+) = ", kinds.__doc__ or "", re.MULTILINE))
+    assert len(declared) > 10
+    parts = {name for name in vars(kinds.Context) if not name.startswith("_")}
+    parts |= set(kinds.Context.__annotations__)
+    for name in declared:
+        assert f"| `{name}` |" in KINDS_PAGE, name
+    for name in parts:
+        assert f"ctx.{name}" in KINDS_PAGE, name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
