@@ -2,7 +2,9 @@
 
 The rate is an average over *active* time with a half-life of two seconds: while a job is paused its
 clock stands, and each phase has a rate of its own. The time left is an interval, from the rate and
-how much the rate varies, or nothing: a wrong number is worse than none. ``done`` never goes back.
+how much the rate varies, or nothing: a wrong number is worse than none. ``done`` never goes back,
+not by a phase that counts anew nor by a resume from an older cursor; what is done again has no
+rate. It is never beyond ``total``: a total that was too low grows with it.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ class Meter:
         self.phase = last.phase
         self.message = last.message
         self.changed = False
-        self._held = False
+        self._held = last.done > 0  # until it is further than it was before
         self._eta_known = True
         self._from: int | None = None  # done at the last sample
         self._at = 0.0
@@ -96,7 +98,7 @@ class Meter:
         self._sample(monotonic() if now is None else now)
         return Progress(
             done=self.done,
-            total=self.total,
+            total=self._total(),
             unit=self.unit,
             rate_per_s=None if self._rate is None else round(self._rate, 3),
             eta_s=self._eta(),
@@ -106,10 +108,14 @@ class Meter:
 
     def finished(self) -> Progress:
         """The progress of a job that succeeded: whole, whatever was announced before."""
-        total = self.done if self.total is None else self.total
+        total = self._total() or self.done
         return Progress(
             done=total, total=total, unit=self.unit, phase=self.phase, message=self.message
         )
+
+    def _total(self) -> int | None:
+        """The announced total, unless more is done already."""
+        return None if self.total is None else max(self.total, self.done)
 
     def _sample(self, now: float) -> None:
         if self._held:

@@ -1026,21 +1026,26 @@ class Runners:
         if now is None:
             return None
         entries = list(now.undo)
-        before = now.rollback or Rollback(done=0, total=len(entries))
-        done, failed, noted = before.total - len(entries), before.failed, monotonic()
+        mark = dict(now.cursor or {})
+        # How many there were, and how many failed, is kept with the entries that are left.
+        total, failed = mark.get("rollback", (len(entries), 0))
+        done, noted = total - len(entries), monotonic()
         kind = self.manager.kinds.get(now.kind)
         while entries:
             failed += not await _undo(kind, entries.pop())
-            await self.state.save(now.id, now.fence, undo=tuple(entries))
+            kept: dict[str, Any] = {}
+            if mark.get("rollback") != [total, failed]:
+                mark["rollback"] = [total, failed]
+                kept = {"cursor": mark}
+            await self.state.save(now.id, now.fence, undo=tuple(entries), **kept)
             done += 1
             if monotonic() - noted > _NOTE_S:
                 noted = monotonic()
-                summary = Rollback(done=done, total=before.total, failed=failed)
-                await self.manager.undone(now.id, summary)
+                await self.manager.undone(now.id, Rollback(done=done, total=total, failed=failed))
         await self.discard(now)
-        if before.total == 0:
+        if total == 0:
             return None
-        return Rollback(done=done, total=before.total, failed=failed)
+        return Rollback(done=done, total=total, failed=failed)
 
     async def discard(self, job: Job) -> None:
         """See Driver: the unfinished artefacts."""

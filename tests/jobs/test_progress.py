@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -199,6 +200,88 @@ def test_finished_is_whole() -> None:
     endless = Meter("rows")
     endless.mark(7)
     assert endless.finished() == Progress(done=7, total=7, unit="rows")
+
+
+def test_a_total_that_was_too_low_grows() -> None:
+    """More than all of it is never done, also not at the end."""
+    meter = Meter("rows")
+    meter.mark(90, 100)
+    meter.mark(total=80)
+    assert (meter.progress(0.0).done, meter.progress(0.0).total) == (90, 90)
+    assert (meter.finished().done, meter.finished().total) == (90, 90)
+    meter.mark(total=200)
+    assert (meter.progress(0.0).done, meter.progress(0.0).total) == (90, 200)
+
+
+def test_a_phase_that_counts_anew_takes_nothing_back() -> None:
+    """What was done stays done; the phase shows as soon as it is further."""
+    meter = Meter("rows")
+    meter.mark(100, 100, "reading")
+    meter.mark(0, 50, "writing")
+    assert (meter.progress(0.0).done, meter.progress(0.0).total) == (100, 100)
+    meter.mark(101, 150)
+    assert (meter.progress(0.0).done, meter.progress(0.0).total) == (101, 150)
+
+
+def test_what_is_done_again_has_no_rate() -> None:
+    """After a resume from an older cursor nothing is told of the pace, until it is further."""
+    meter = Meter("rows", Progress(done=1000, total=2000))
+    now = 0.0
+    for done in range(0, 1000, 10):
+        now += 0.1
+        meter.mark(done)
+        found = meter.progress(now)
+        assert (found.done, found.rate_per_s, found.eta_s) == (1000, None, None)
+    now = run(meter, now, 10, 100)
+    assert meter.progress(now).rate_per_s == pytest.approx(100, rel=0.1)
+
+
+# What a job and its keeper do: marks of any kind, pauses, looks, and a crash with a resume.
+lives = st.lists(
+    st.one_of(
+        st.tuples(
+            st.just("mark"),
+            st.one_of(st.none(), st.integers(0, 1000)),
+            st.one_of(st.none(), st.integers(0, 1000)),
+            st.sampled_from([None, "one", "two"]),
+        ),
+        st.tuples(st.sampled_from(["hold", "look", "resume"])),
+    ),
+    max_size=80,
+)
+
+
+@given(lives, st.lists(st.floats(0, 100), min_size=80, max_size=80))
+def test_progress_never_lies(moves: list[tuple[Any, ...]], waits: list[float]) -> None:
+    """Over marks, phases, pauses and resumes: never back, never beyond the total, whole at the end.
+
+    A rate and a time left are only of what moves: while the job is held there is neither.
+    """
+    meter, now, before, held = Meter("rows"), 0.0, 0, False
+    for (what, *values), wait_s in zip(moves, waits, strict=False):
+        now += wait_s
+        if what == "mark":
+            held = held and (values[0] is None or values[0] <= before)
+            meter.mark(*values)
+        elif what == "hold":
+            meter.hold()
+            held = True
+        elif what == "resume":  # from the row that was stored last
+            meter = Meter("rows", meter.progress(now))
+            held = before > 0
+        found = meter.progress(now)
+        assert found.done >= before
+        assert found.total is None or found.total >= found.done
+        if held:
+            assert (found.rate_per_s, found.eta_s) == (None, None)
+        if found.eta_s is not None:
+            assert found.total is not None
+            assert 0 <= found.eta_s[0] <= found.eta_s[1] < math.inf
+        before = found.done
+    end = meter.finished()
+    assert end.total is not None
+    assert end.done == end.total >= before
+    assert (end.rate_per_s, end.eta_s) == (None, None)
 
 
 moves = st.lists(

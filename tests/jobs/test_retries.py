@@ -231,6 +231,87 @@ async def test_crashes_long_ago_do_not_count(tmp_path: Path) -> None:
     assert (decision.job.state, decision.job.crashes) == ("queued", (NOW - 1, NOW))
 
 
+async def test_progress_never_goes_back_whatever_the_job_goes_through(tmp_path: Path) -> None:
+    """Phases, pauses, crashes, retries, older cursors: each row of the history is no less far."""
+    failures = [3, 7, 12]
+
+    async def run(ctx: Any, params: Any) -> None:
+        """Two phases that count for themselves; the cursor is only each fifth step."""
+        for phase in ("one", "two"):
+            for step in range(10):
+                at = step + 10 * (phase == "two")
+                cursor = at // 5 * 5
+                if at < (ctx.cursor or 0):
+                    continue
+                await ctx.checkpoint(cursor, done=step, total=10, phase=phase)
+                await ctx.sleep(0.004)
+                if failures and at == failures[0]:
+                    failures.pop(0)
+                    raise RuntimeError("as asked")
+
+    kind = a_kind("phases", run, RETRY=Retry(times=9, base_s=0.01, max_s=0.01))
+    async with World(tmp_path, kind, warm_s=0) as world:
+        job_id = await world.start("phases")
+        for _ in range(4):
+            if (await world.until(job_id, "running", "succeeded")).state == "succeeded":
+                break
+            await asyncio.sleep(0.015)
+            with suppress(SluiceError):
+                await world.tell(job_id, "pause")
+            await world.until(job_id, "paused", "succeeded")
+            await world.restart()
+            with suppress(SluiceError):
+                await world.tell(job_id, "resume")
+        await world.until(job_id, "succeeded")
+        rows = [msgspec.json.decode(event.row) for event in await world.history(job_id)]
+        progress = [(row["progress"]["done"], row["progress"]["total"]) for row in rows]
+        dones = [done for done, _ in progress]
+        assert dones == sorted(dones)
+        assert all(total is None or done <= total for done, total in progress)
+        assert progress[-1] == (10, 10)
+        assert not failures
+
+
+async def test_a_crash_in_the_middle_of_a_rollback(tmp_path: Path) -> None:
+    """Each entry is undone at least once, the last ones first; the count goes on over crashes."""
+    undone: list[int] = []
+    hold: list[int] = [25, 15, 5]
+    stuck = asyncio.Event()
+
+    async def take_back(step: int) -> None:
+        if hold and step == hold[0]:
+            hold.pop(0)
+            stuck.set()
+            await asyncio.Event().wait()
+        if step == 20:
+            raise RuntimeError("as asked")
+        undone.append(step)
+
+    async def run(ctx: Any, params: Any) -> None:
+        for step in range(30):
+            await ctx.undo("take_back", step=step)
+        while True:
+            await ctx.checkpoint(1)
+            await ctx.sleep(0.002)
+
+    async with World(tmp_path, a_kind("undoes", run, UNDO={"take_back": take_back})) as world:
+        job_id = await world.start("undoes")
+        await eventually(lambda: world.runners._live, "it has begun")
+        while len((await world.job(job_id)).undo) < 30:
+            await asyncio.sleep(0.002)
+        await world.tell(job_id, "cancel")
+        for left in (26, 16, 6):
+            await asyncio.wait_for(stuck.wait(), 10)
+            stuck.clear()
+            assert len((await world.job(job_id)).undo) == left
+            await world.restart()
+        job = await world.until(job_id, "cancelled")
+        assert sorted(set(undone)) == [step for step in range(30) if step != 20]
+        assert undone == sorted(undone, reverse=True)
+        assert job.rollback is not None
+        assert (job.rollback.done, job.rollback.total, job.rollback.failed) == (30, 30, 1)
+
+
 # ---- Clocks ----
 
 
