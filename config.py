@@ -214,6 +214,21 @@ def _networks() -> Rule:
     return Rule(read, allowed, show, _LIST, (str, list), metavar="NETWORK")
 
 
+def _places() -> Rule:
+    def read(raw: str | list[object]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(_place(item.strip()) for item in _items(raw)))
+
+    allowed = "host names, IP addresses or networks such as 10.0.0.0/8"
+    return Rule(read, allowed, ",".join, _LIST, (str, list), metavar="PLACE")
+
+
+def _place(raw: str) -> str:
+    try:
+        return str(ipaddress.ip_network(raw))
+    except ValueError:
+        return _host_name(raw)
+
+
 def _json_object() -> Rule:
     def read(raw: str | dict[str, object]) -> dict[str, object]:
         value = json.loads(raw) if isinstance(raw, str) else raw
@@ -495,6 +510,14 @@ class Config:
     default_params: Mapping[str, object] = field(
         default_factory=lambda: {"steps": 100, "delay_s": 0.1},
         metadata=_about(_json_object(), "parameters of default_kind"),
+    )
+    fetch_allow: tuple[str, ...] = field(
+        default=(),
+        metadata=_about(
+            _places(),
+            "where the process fetch may go though it is not on the public Internet; the flag may "
+            "be repeated",
+        ),
     )
     hosts: tuple[str, ...] = field(
         default=(),

@@ -167,6 +167,15 @@ CATALOGUE: dict[str, Entry] = {
     "invalid-data": Entry(
         422, "The data can't be read as what it should be", False, "Correct the row that is named."
     ),
+    "address-refused": Entry(
+        403, "Nothing is fetched from that address", False, "See --fetch-allow for exceptions."
+    ),
+    "fetch-failed": Entry(
+        502, "The other server did not give the file", True, "Try again later; see the detail."
+    ),
+    "fetch-refused": Entry(
+        502, "The other server has no such file for us", False, "Correct the URL; see the detail."
+    ),
     "digest-mismatch": Entry(
         409, "The digest is not the expected one", False, "Upload the file again."
     ),

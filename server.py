@@ -53,6 +53,7 @@ from jobs.harness import Misused, examine, parse
 from jobs.kinds import Registry
 from jobs.kinds._exec import load as load_programs
 from jobs.manager import Limits, Manager
+from jobs.resolve import Resolver
 from jobs.runners import Runners
 from jobs.trial import Ground
 from jobs.uploads import Limits as UploadLimits
@@ -138,6 +139,7 @@ async def assembled(config: Config, kinds: Registry | None = None) -> AsyncItera
         children=children,
         child_grace_s=config.child_grace_s,
         max_stopped=config.max_stopped,
+        resolver=Resolver(children, config.fetch_allow),
     )
     uploads = Uploads(
         manager,

@@ -20,7 +20,16 @@ import os
 import re
 import types
 from collections import deque
-from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping, Sequence
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Coroutine,
+    Generator,
+    Iterable,
+    Mapping,
+    Sequence,
+)
+from functools import partial
 from pathlib import Path
 from random import random
 from time import monotonic, perf_counter
@@ -32,11 +41,12 @@ from errors import SluiceError
 from jobs.children import Child, Children, Limits
 from jobs.clock import Clock
 from jobs.files import Files, clean_name, media_type_of, now_ms, uuid7
-from jobs.kinds import Check, Column, JobCancelled, JobPaused, Kind
+from jobs.kinds import Address, Check, Column, JobCancelled, JobPaused, Kind
 from jobs.manager import Glance, Grown, Manager
 from jobs.programs import Program, artifact_handler, pipe_to
 from jobs.progress import Meter
 from jobs.remote import run_in_child
+from jobs.resolve import Resolver
 from jobs.rows import rfc3339
 from jobs.states import FINAL, RUNNING, SUCCEEDED, Input
 from jobs.tables import MEDIA_TYPE as TABLE_TYPE
@@ -172,6 +182,7 @@ class _Artifact:
         self.table = made_by if isinstance(made_by, _Table) else None
         self.writer = None if isinstance(made_by, _Table) else made_by
         self.offset = offset
+        self.reader: Callable[[], Awaitable[Reader]]
         self.zip: ZipDraft | None = None  # once it was opened as that
 
     async def write(self, data: bytes | memoryview) -> int:
@@ -274,6 +285,7 @@ class Process:
         self._mark: dict[str, Any] = job.cursor or {}
         self.cursor: Any = self._mark.get("cursor")
         self._artifacts: dict[str, _Artifact] = {}
+        self._dropped_blobs: list[str] = []  # of artefacts that were begun anew
         self._offsets: dict[str, int] = {}  # of the artefacts, at the last cursor
         self._sure: dict[str, Any] = _artifacts(kind, job)  # what a resume finds, whatever happens
         self._base: dict[str, Any] | None = None  # where it stood when its table was begun
@@ -352,12 +364,18 @@ class Process:
         media_type: str = "application/octet-stream",
         *,
         expires_s: float | None = None,
+        fresh: bool = False,
         layout: str = PLAIN,
     ) -> _Artifact:
         name = clean_name(name, "name")  # it may come from a parameter, and becomes one on the disk
-        if name in self._artifacts:
-            return self._artifacts[name]
         known = self._mark.get("artifacts", {}).get(name)
+        if name in self._artifacts and not fresh:
+            return self._artifacts[name]
+        if fresh and known:
+            if name in self._artifacts:
+                await self._artifacts.pop(name).close()
+            self._dropped_blobs.append(known["blob"])
+            known = None
         blob, offset = (known["blob"], known["bytes"]) if known else (uuid7(), 0)
         blobs = self._runners.blobs
         made_by: Writer | _Table
@@ -367,9 +385,12 @@ class Process:
             made_by = await blobs.writer(blob, self.fence, offset=offset)
         media_type = media_type or media_type_of(name)
         made = _Artifact(blob, name, media_type, expires_s, layout, made_by, offset)
+        made.reader = partial(blobs.reader, blob, None)
         self._artifacts[name] = made
         self._offsets[name] = offset
         await self._save_cursor()  # so that the blob is known before it has bytes
+        while self._dropped_blobs:
+            await blobs.discard(self._dropped_blobs.pop())
         return made
 
     async def zip(self, name: str, *, expires_s: float | None = None) -> ZipDraft:
@@ -450,6 +471,9 @@ class Process:
             program.listen(out, artifact_handler(stdout))
         program.listen_lines(err, "err")
         return program
+
+    async def resolve(self, host: str, port: int) -> Sequence[Address]:
+        return await self._runners.resolver.resolve(host, port)
 
     async def attend(self, news: asyncio.Future[None], wait_s: float) -> None:
         """Wait for news at most so long, standing at a checkpoint."""
@@ -943,6 +967,7 @@ class Runners:
         children: Children,
         child_grace_s: float = 5.0,
         max_stopped: int = 64,
+        resolver: Resolver | None = None,
     ) -> None:
         self.manager = manager
         self.state = state
@@ -952,6 +977,7 @@ class Runners:
         self.children = children
         self.child_grace_s = child_grace_s
         self.max_stopped = max_stopped
+        self.resolver = resolver or Resolver(children)
         self.lane = Lane()
         self.closed = False
         self._live: dict[str, Process] = {}

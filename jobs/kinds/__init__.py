@@ -38,6 +38,7 @@ that can't be imported is a Problem of the registry, and no kind less for the ot
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import importlib
 import importlib.util
@@ -226,6 +227,10 @@ class ArtifactWriter(Protocol):
         """Append; the new offset."""
         ...
 
+    async def reader(self) -> FileReader:
+        """Read what was written so far. Not in a child."""
+        ...
+
 
 class ZipMember(Protocol):
     """One file of an archive."""
@@ -349,6 +354,13 @@ class TableWriter(Protocol):
         ...
 
 
+class Address(NamedTuple):
+    """Where to connect to: a family of socket, and what its ``connect`` takes."""
+
+    family: int
+    sockaddr: tuple[Any, ...]
+
+
 class Context(Protocol):
     """What a running process may use."""
 
@@ -383,6 +395,21 @@ class Context(Protocol):
         """Wait; a pause or a cancel takes effect at once."""
         ...
 
+    async def attend(self, news: asyncio.Future[None], wait_s: float) -> None:
+        """Wait until ``news`` is done, at most so long; a pause or a cancel takes effect at once.
+
+        It returns, with ``news`` done or not, also when the job is resumed. Not in a child.
+        """
+        ...
+
+    async def resolve(self, host: str, port: int) -> Sequence[Address]:
+        """Where to connect to for a name; only addresses to which this service may connect.
+
+        Connect to one of them and to nothing else: the name may mean another one a moment later.
+        Raises address-refused, fetch-failed. Not in a child.
+        """
+        ...
+
     async def undo(self, name: str, **args: Any) -> None:
         """Write down how to take back what you do next, durably, before you do it.
 
@@ -401,11 +428,12 @@ class Context(Protocol):
         media_type: str = "application/octet-stream",
         *,
         expires_s: float | None = None,
+        fresh: bool = False,
     ) -> ArtifactWriter:
         """Open, or open again after a resume, a file that becomes the job's when it succeeds.
 
         It is removed ``expires_s`` after that. A job's only artefact, or its table, is its
-        ``result.file``.
+        ``result.file``. ``fresh`` throws away what it had so far (not in a child).
         """
         ...
 

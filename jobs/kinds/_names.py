@@ -19,3 +19,11 @@ def with_suffix(stem: str, suffix: str) -> str:
     """The two as one name; the stem is cut where that would be too long."""
     kept = stem.encode()[: _MAX_BYTES - len(suffix.encode())].decode(errors="ignore")
     return kept.rstrip() + suffix
+
+
+def plain_name(raw: str) -> str | None:
+    """The part of a foreign name that can be a file's name, or None if nothing is left of it."""
+    base = raw.replace("\\", "/").rpartition("/")[2]
+    base = "".join(c for c in base if unicodedata.category(c) not in ("Cc", "Cs", "Zl", "Zp"))
+    name = with_suffix(unicodedata.normalize("NFC", base).strip(), "").strip()
+    return None if name in ("", ".", "..") else name

@@ -6,15 +6,13 @@ start; the cursor only says which file was meant (the newest version may have ch
 
 from __future__ import annotations
 
-import hashlib
-import zlib
-from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import msgspec
 
 from errors import SluiceError
 from jobs.kinds import Context
+from jobs.kinds._digests import hasher
 
 KIND = "checksum"
 TITLE = "Digests of a stored file"
@@ -38,42 +36,24 @@ class Params(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     ] = {}
 
 
-class _Crc32:
-    """CRC-32 with the interface of hashlib."""
-
-    def __init__(self) -> None:
-        self._value = 0
-
-    def update(self, data: bytes) -> None:
-        self._value = zlib.crc32(data, self._value)
-
-    def hexdigest(self) -> str:
-        return f"{self._value:08x}"
-
-
-def _hasher(name: str) -> Any:
-    make: Callable[[], Any] = _Crc32 if name == "crc32" else getattr(hashlib, name)
-    return make()
-
-
 async def run(ctx: Context, params: Params) -> dict[str, Any]:
     """Read the file once and compare what was expected."""
     info = await ctx.files.find(ctx.cursor or params.file)
     names = list(dict.fromkeys([*params.algorithms, *params.expect]))
-    hashers = {name: _hasher(name) for name in names}
+    hashers = {name: hasher(name) for name in names}
     reader = await ctx.files.reader(info.id)
     try:
         await ctx.checkpoint(info.id, done=0, total=info.bytes, phase="reading")
         at = 0
         while block := await reader.read(at, _BLOCK_BYTES):
-            for hasher in hashers.values():
-                hasher.update(block)
+            for one in hashers.values():
+                one.update(block)
                 await ctx.checkpoint(info.id, done=at)
             at += len(block)
             await ctx.checkpoint(info.id, done=at)
     finally:
         await reader.close()
-    digests = {name: hasher.hexdigest() for name, hasher in hashers.items()}
+    digests = {name: one.hexdigest() for name, one in hashers.items()}
     for name, expected in params.expect.items():
         if digests[name] != expected.lower():
             raise SluiceError(

@@ -9,15 +9,14 @@ can't be saved: a resume that has lost it reads the file in which it stood again
 
 from __future__ import annotations
 
-import hashlib
 import zlib
-from collections.abc import Callable
 from typing import Annotated, Any
 
 import msgspec
 
 from errors import SluiceError
 from jobs.kinds import ArtifactWriter, Check, Context, FileInfo
+from jobs.kinds._digests import Hasher, hasher, is_known
 from jobs.kinds._names import check_name
 
 KIND = "scrub"
@@ -70,28 +69,6 @@ class Cursor(msgspec.Struct):
     named: list[str] = []
 
 
-class _Crc32:
-    """CRC-32 with the interface of hashlib."""
-
-    def __init__(self) -> None:
-        self.value = 0
-
-    def update(self, data: bytes | memoryview) -> None:
-        self.value = zlib.crc32(data, self.value)
-
-    def hexdigest(self) -> str:
-        return f"{self.value:08x}"
-
-
-_HASHERS: dict[str, Callable[[], Any]] = {
-    "sha-256": hashlib.sha256,
-    "sha-512": hashlib.sha512,
-    "sha": lambda: hashlib.sha1(usedforsecurity=False),
-    "md5": lambda: hashlib.md5(usedforsecurity=False),
-    "crc-32": _Crc32,
-}
-
-
 async def run(ctx: Context, params: Params) -> dict[str, Any]:
     """Go through the files."""
     at = msgspec.convert(ctx.cursor or {}, Cursor)
@@ -131,14 +108,14 @@ async def run(ctx: Context, params: Params) -> dict[str, Any]:
 
 async def _verify(ctx: Context, info: FileInfo, done: int, message: str) -> list[Damage] | None:
     """What is wrong with a file, if anything; None if it is not there any more."""
-    hashers = {name: _HASHERS[name]() for name in {*info.digest, *_KEPT} if name in _HASHERS}
+    hashers = {name: hasher(name) for name in {*info.digest, *_KEPT} if is_known(name)}
     members = _Members(ctx, info)
     try:
         read = await _read(ctx, info, list(hashers.values()), members, done, message)
         found = members.damaged
         if read != info.bytes:
             found.append(_damage(info, "size", expected=info.bytes, found=read))
-        digests = {name: hasher.hexdigest() for name, hasher in hashers.items()}
+        digests = {name: one.hexdigest() for name, one in hashers.items()}
         for name, expected in info.digest.items():
             if digests.get(name, expected) != expected:
                 found.append(_damage(info, "digest", name, expected=expected, found=digests[name]))
@@ -152,7 +129,7 @@ async def _verify(ctx: Context, info: FileInfo, done: int, message: str) -> list
 async def _read(
     ctx: Context,
     info: FileInfo,
-    hashers: list[Any],
+    hashers: list[Hasher],
     members: _Members,
     done: int,
     message: str,
@@ -162,8 +139,8 @@ async def _read(
     read = 0
     try:
         while block := await reader.read(read, _BLOCK_BYTES):
-            for hasher in hashers:
-                hasher.update(block)
+            for one in hashers:
+                one.update(block)
                 await ctx.checkpoint(done=done + read, message=message)
             await members.update(block, read)
             read += len(block)

@@ -18,6 +18,7 @@ from jobs.children import Children
 from jobs.files import Files, now_ms
 from jobs.kinds import Kind, Registry, kind_of
 from jobs.manager import Limits, Manager
+from jobs.resolve import Resolver
 from jobs.runners import Runners
 from jobs.uploads import Limits as UploadLimits
 from jobs.uploads import Uploads
@@ -142,6 +143,7 @@ class World:
         stop_s: float = 2.0,
         uploads: UploadLimits | None = None,
         child_grace_s: float = 2.0,
+        resolver: Callable[[Children], Resolver] = Resolver,
     ) -> None:
         self.folder = folder
         self.kinds = kinds
@@ -149,6 +151,7 @@ class World:
         self.limits = limits or Limits()
         self.stop_s = stop_s
         self.child_grace_s = child_grace_s
+        self.make_resolver = resolver
         self.upload_limits = uploads or UploadLimits(1 << 50, 3600.0, 3600.0, 300.0, "interval")
 
     async def __aenter__(self) -> World:
@@ -177,6 +180,7 @@ class World:
             warm_s=self.warm_s,
             children=self.children,
             child_grace_s=self.child_grace_s,
+            resolver=self.make_resolver(self.children),
         )
         self.uploads = Uploads(self.manager, self.state, self.blobs, self.upload_limits)
         keep = await self.manager.recover()
