@@ -23,7 +23,17 @@ from benchmarks.common import FOLDER, GIB, ROOT, ROUNDS, SIZE, Report
 
 NAMES = (
     *("upload", "tus", "many", "stalled", "download", "readers"),
-    *("latency", "control", "memory", "jobs", "queues", "checkpoint", "channel", "connections"),
+    *(
+        "latency",
+        "control",
+        "running",
+        "memory",
+        "jobs",
+        "queues",
+        "checkpoint",
+        "channel",
+        "connections",
+    ),
 )
 _PAGE = ROOT / "docs" / "benchmarks.md"
 
