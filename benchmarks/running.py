@@ -49,23 +49,19 @@ class Client:
 
     def start(self, params: dict[str, Any], n: int) -> list[str]:
         """Start so many and wait until all run."""
-        made = [
-            str(self.call("POST", "/v1/jobs", {"kind": "count", "params": params})[1]["id"])
-            for _ in range(n)
-        ]
+        made = self.call("POST", "/v1/jobs", [{"kind": "count", "params": params}] * n)[1]
         while self.counts().get("queued", 0):
             time.sleep(0.02)
-        return made
+        return [str(item["job"]["id"]) for item in made["items"]]
 
     def counts(self) -> dict[str, int]:
         """How many jobs are in each state."""
         counts: dict[str, int] = self.call("GET", "/v1/jobs?limit=1")[1]["counts"]
         return counts
 
-    def cancel(self, jobs: Sequence[str]) -> None:
-        """Cancel all and wait for it."""
-        for job in jobs:
-            self.call("POST", f"/v1/jobs/{job}/cancel")
+    def cancel_all(self) -> None:
+        """Cancel what has not ended, and wait for it."""
+        self.call("POST", "/v1/jobs/cancel", {"filter": {"kind": "count"}})
         while any(self.counts().get(state, 0) for state in ("running", "cancelling")):
             time.sleep(0.02)
 
@@ -102,7 +98,7 @@ def obeyed_ms(client: Client) -> tuple[list[float], list[float]]:
     cancels = [
         client.effective_ms(job, "cancel", "cancelled") for job in jobs[_COMMANDS : 2 * _COMMANDS]
     ]
-    client.cancel(jobs)
+    client.cancel_all()
     return pauses, cancels
 
 
@@ -112,12 +108,13 @@ def measure() -> Report:
     cancels: list[float] = []
     idle: list[float] = []
     busy: list[float] = []
-    with place() as folder, Sluice(folder, "--slots", "1024") as ours, Client(ours) as client:
+    quiet = ("--slots", "1024", "--log-level", "error")
+    with place() as folder, Sluice(folder, *quiet) as ours, Client(ours) as client:
         for turn in range(ROUNDS + 1):
             still = client.lags_ms()
-            jobs = client.start(_COMPUTING, _FEW)
+            client.start(_COMPUTING, _FEW)
             computing = client.lags_ms()
-            client.cancel(jobs)
+            client.cancel_all()
             paused, cancelled = obeyed_ms(client)
             if turn:
                 idle.append(p99(still))

@@ -221,7 +221,7 @@ class Downloads:
 
     def changed(self) -> Iterable[tuple[str, Progress]]:
         """See Driver."""
-        for job_id, download in self._live.items():
+        for job_id, download in list(self._live.items()):
             if download.meter.changed:
                 download.meter.changed = False
                 yield job_id, download.meter.progress()

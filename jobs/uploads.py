@@ -642,7 +642,7 @@ class Uploads:
 
     def changed(self) -> Iterable[tuple[str, Progress]]:
         """See Driver."""
-        for job_id, upload in self._live.items():
+        for job_id, upload in list(self._live.items()):
             if upload.meter.changed:
                 upload.meter.changed = False
                 yield job_id, upload.meter.progress()
