@@ -160,6 +160,7 @@ async def assembled(config: Config, kinds: Registry | None = None) -> AsyncItera
     hub = Hub(state, boot)
     services = Services(
         manager=manager,
+        children=children,
         uploads=uploads,
         downloads=Downloads(manager, state, hold_s=config.pause_hold_s),
         growing=Growing(manager, blobs),

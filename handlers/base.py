@@ -35,6 +35,7 @@ from handlers.auth import Caller, Cors, Hosts, Proxies, check_site, identify
 from handlers.feed import Feeds
 from handlers.now import Now
 from handlers.wire import Body, block_body, read_body_by, turns
+from jobs.children import Children
 from jobs.commands import Commands, following
 from jobs.downloads import Downloads
 from jobs.events import Hub
@@ -92,6 +93,7 @@ class Services:
     """The domain, as handlers find it."""
 
     manager: Manager
+    children: Children
     uploads: Uploads
     downloads: Downloads
     files: Files

@@ -73,6 +73,7 @@ async def _read(services: Services) -> _Read:
             _gauge("sluice_queued_jobs", "Jobs that wait for a slot.", queued),
             _gauge("sluice_slots", "Processes that may run at once.", services.settings.slots),
             _gauge("sluice_used_slots", "Slots in use.", manager.running),
+            _gauge("sluice_children", "Child processes.", len(services.children)),
             _gauge("sluice_subscribers", "Connections to the channel.", services.feeds.all),
             _gauge("sluice_waiting_requests", "Requests that wait for a job.", manager.waiting),
             _gauge("sluice_stored_files", "Stored files.", files),

@@ -27,6 +27,19 @@ async def run(ctx, params):
         time.sleep(params.step_s)
         await ctx.sleep(0.01)
 """
+NAPPER = """
+import msgspec
+
+KIND, TITLE, RUNNER = "napper", "Waits in a child process", "child"
+
+class Params(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    pass
+
+async def run(ctx, params):
+    await ctx.checkpoint(1, done=1)
+    while True:
+        await ctx.sleep(1)
+"""
 ENDLESS = {"kind": "count", "params": {"steps": 10**6, "delay_s": 0.01}}
 
 
@@ -127,6 +140,23 @@ def test_a_kind_that_holds_the_loop_is_named(tmp_path: Path) -> None:
         [slow] = server.get("/v1/status").json["slow_steps"]
         assert (slow["kind"], slow["n"]) == ("blocker", 4)
         assert slow["worst_ms"] >= 100
+    finally:
+        server.close()
+
+
+def test_child_processes_are_counted(tmp_path: Path) -> None:
+    """One that runs and one that is paused are there, one that was cancelled is not."""
+    (tmp_path / "napper.py").write_text(NAPPER)
+    server = Server(tmp_path / "data", "--kinds", str(tmp_path / "napper.py"))
+    server.start()
+    try:
+        job = server.post("/v1/jobs", {"kind": "napper"}).json["id"]
+        eventually(lambda: scrape(server)["sluice_children",] == 1, "it runs")
+        eventually(lambda: server.job(job)["progress"]["done"] == 1, "it has begun")
+        assert server.post(f"/v1/jobs/{job}/pause", Prefer="wait=30").status == 200
+        assert scrape(server)["sluice_children",] == 1
+        assert server.post(f"/v1/jobs/{job}/cancel", Prefer="wait=30").status == 200
+        assert scrape(server)["sluice_children",] == 0
     finally:
         server.close()
 

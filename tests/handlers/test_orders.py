@@ -437,10 +437,11 @@ def test_each_item_of_a_list_has_its_own_fate(caller: Caller) -> None:
         count({"steps": -1}),
         {"kind": "upload"},
         count(AT_ONCE, not_before="2030-01-01T00:00:00"),
+        count(AT_ONCE, after=["none"]),
         count(AT_ONCE),
     ]
     answer = caller.post("/v1/jobs", body)
-    assert (answer.status, answer.json["n"], answer.json["failures"]) == (200, 2, 4)
+    assert (answer.status, answer.json["n"], answer.json["failures"]) == (200, 2, 5)
     problems = [item.get("error", {}) for item in answer.json["items"]]
     assert [(found.get("code"), found.get("field")) for found in problems] == [
         (None, None),
@@ -448,6 +449,7 @@ def test_each_item_of_a_list_has_its_own_fate(caller: Caller) -> None:
         ("invalid-field", "params.steps"),
         ("kind-not-startable", "kind"),
         ("invalid-field", "not_before"),
+        ("invalid-field", "after"),
         (None, None),
     ]
     assert {job["id"] for job in caller.jobs()} == {

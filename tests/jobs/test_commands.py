@@ -237,7 +237,7 @@ async def test_a_wrong_command_is_refused(
 
 
 async def test_each_command_does_what_it_says(tmp_path: Path) -> None:
-    """Start, priority, pause, resume, cancel, retry and delete, and what each answers."""
+    """Start, priority, change, pause, resume, cancel, retry and delete, and what each answers."""
     async with World(tmp_path, HOLD) as world:
         desk = Desk(Commands(world.manager))
         asked = {"kind": "hold", "name": "by hand", "priority": 2}
@@ -246,6 +246,9 @@ async def test_each_command_does_what_it_says(tmp_path: Path) -> None:
         assert (made.version, job.name, job.client) == (1, "by hand", "tab")
         await desk.submit("priority", job.id, args={"priority": 8})
         assert (await world.job(job.id)).priority == 8
+        await desk.submit("change", job.id, args={"name": "renamed", "priority": 1})
+        changed = await world.job(job.id)
+        assert (changed.name, changed.priority) == ("renamed", 1)
         for op, state in (("pause", "paused"), ("resume", "running"), ("cancel", "cancelled")):
             answer = await desk.submit(op, job.id)
             assert answer.job == job.id
