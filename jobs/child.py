@@ -15,7 +15,7 @@ import os
 import socket
 import sys
 import traceback
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -26,11 +26,15 @@ if __name__ == "__main__":  # started by path: the package is one folder up
 import msgspec
 
 from errors import SluiceError
-from jobs.kinds import JobCancelled, JobPaused, Kind, load_kind
+from jobs.kinds import Column, JobCancelled, JobPaused, Kind, load_kind
+from jobs.tables import TABLE, Table
 from jobs.wire import PAYLOAD_BYTES, Message, Wire
+from storage.tables import TableFile, check_columns, flat
 
 _TELL_S = 0.05
 _LOOK_S = 0.005
+_COMMIT_S = 0.1  # nobody waits here, so that fewer commits are better
+_LOG_BYTES = 16 << 20
 
 
 class _Info(msgspec.Struct):
@@ -40,6 +44,7 @@ class _Info(msgspec.Struct):
     name: str
     bytes: int
     media_type: str
+    layout: str
 
 
 class _Reader:
@@ -86,6 +91,18 @@ class _Files:
         answer, _, fd = await self._service.ask("open", file=file_id)
         return _Reader(self._service, answer["reader"], answer["size_bytes"], fd)
 
+    async def table(self, file_id: str) -> Table:
+        """See kinds.FileAccess."""
+        info = await self.find(file_id)
+        if info.layout != TABLE:
+            raise SluiceError("table-unknown", f"{info.name} is a file, but no table.")
+        reader = await self.reader(info.id)
+        try:
+            return Table(reader)
+        except BaseException:
+            await reader.close()
+            raise
+
 
 class _Artifact:
     """See kinds.ArtifactWriter."""
@@ -93,7 +110,7 @@ class _Artifact:
     def __init__(self, context: _Context, service: _Service, number: int, offset: int) -> None:
         self._context = context
         self._service = service
-        self._number = number
+        self.number = number
         self.offset = offset
 
     async def write(self, data: bytes | memoryview) -> int:
@@ -102,9 +119,53 @@ class _Artifact:
         view = memoryview(data).cast("B")
         for at in range(0, len(view), PAYLOAD_BYTES):
             piece = view[at : at + PAYLOAD_BYTES]
-            answer, _, _ = await self._service.ask("write", piece, writer=self._number)
+            answer, _, _ = await self._service.ask("write", piece, writer=self.number)
             self.offset = answer["offset"]
         return self.offset
+
+
+class _Table:
+    """See kinds.TableWriter: the database is written here, the service says what belongs to it."""
+
+    def __init__(self, context: _Context, service: _Service, file: TableFile) -> None:
+        self._context = context
+        self._service = service
+        self._file = file
+        self._at: tuple[Any, list[tuple[int, int]]] | None = None  # what is not committed so far
+        self._calls = 0
+        self.columns = [Column(name, type) for name, type in file.columns]
+
+    @property
+    def rows(self) -> int:
+        """See kinds.TableWriter."""
+        return self._file.rows
+
+    async def write(self, rows: Sequence[Sequence[Any]], cursor: Any) -> None:
+        """See kinds.TableWriter."""
+        await self.write_cells(flat(rows, len(self.columns)), cursor)
+
+    async def write_cells(self, cells: Sequence[Any], cursor: Any) -> None:
+        """See kinds.TableWriter."""
+        self._file.add(cells)
+        self._calls += 1
+        self._at = cursor, self._context.offsets()
+        if self._file.due:
+            await self.commit()
+
+    async def commit(self) -> None:
+        """Commit what was written; more may come while the service is asked."""
+        while self._at is not None:
+            calls, (cursor, offsets) = self._calls, self._at
+            self._context.flush()
+            answer, _, _ = await self._service.ask("mark", cursor=cursor, offsets=offsets)
+            if calls == self._calls:
+                self._file.commit(answer["mark"])
+                self._at = None
+                self._service.tell("committed")
+
+    def close(self) -> None:
+        """Let go of the database."""
+        self._file.close()
 
 
 class _Service:
@@ -184,6 +245,7 @@ class _Context:
         self._told_at = 0.0
         self._looked_at = monotonic()
         self._artifacts: dict[str, _Artifact] = {}
+        self._table: tuple[str, _Table] | None = None
 
     async def checkpoint(
         self,
@@ -228,6 +290,8 @@ class _Context:
         marks = self._marks.copy()
         self._marks.clear()
         if self._service.want != "cancel":
+            if self._table is not None:
+                await self._table[1].commit()
             await self._service.stand(marks)
         if self._service.want == "cancel":
             raise JobCancelled
@@ -263,6 +327,39 @@ class _Context:
             self._artifacts[name] = _Artifact(self, self._service, number, offset)
         return self._artifacts[name]
 
+    async def table(
+        self,
+        name: str,
+        columns: Sequence[Column],
+        *,
+        about: Mapping[str, Any] | None = None,
+        expires_s: float | None = None,
+    ) -> _Table:
+        if self._table is not None and self._table[0] != name:
+            raise TypeError(f"{self._kind.name} makes a second table; a job makes one")
+        check_columns(columns)
+        if self._table is None:
+            self.flush()
+            answer, _, _ = await self._service.ask("table", name=name, expires_s=expires_s)
+            file = TableFile(Path(answer["path"]), log_bytes=_LOG_BYTES, commit_s=_COMMIT_S)
+            if not file.columns:
+                file.begin(columns, about or {}, answer["mark"])
+            self._table = name, _Table(self, self._service, file)
+        table = self._table[1]
+        if table.columns != list(columns):
+            raise SluiceError("kind-failed", f"The table {name} had other columns before.")
+        return table
+
+    def offsets(self) -> list[tuple[int, int]]:
+        """How long each artefact is now, by its number."""
+        return [(artifact.number, artifact.offset) for artifact in self._artifacts.values()]
+
+    async def close_table(self) -> None:
+        """Nothing more is written: the service makes a file of it."""
+        if self._table is not None:
+            await self._table[1].commit()
+            self._table[1].close()
+
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"ctx.{name} is not there in a child process")
 
@@ -271,6 +368,7 @@ async def _outcome(context: _Context, work: Coroutine[Any, Any, Any]) -> Message
     """What came of a run, as it is told."""
     try:
         data = await work
+        await context.close_table()
         context.flush()
         return {"how": "done", "data": data}
     except JobCancelled:

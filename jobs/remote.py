@@ -50,6 +50,7 @@ class Worker(Program):
         self._is_told = False  # what it shall do, before signals
         self._readers: dict[int, Any] = {}
         self._writers: dict[int, Any] = {}
+        self._mark: dict[str, Any] = {}  # the newest that the child commits with its rows
         self.outcome: Message | None = None
         self.listen_socket()
 
@@ -74,6 +75,8 @@ class Worker(Program):
                 await self._stand(message)
             case "log":
                 self._process.log(message["line"])
+            case "committed":
+                self._process.sure(self._mark, by_table=True)
             case "end":
                 self.outcome = message
             case verb:
@@ -111,12 +114,13 @@ class Worker(Program):
                 "name": file.name,
                 "bytes": file.bytes,
                 "media_type": file.media_type,
+                "layout": file.layout,
             }
         }
 
     async def _on_open(self, file: str) -> Message:
         reader = await self._process.files.reader(file)
-        number = len(self._readers)
+        number = max(self._readers, default=-1) + 1
         self._readers[number] = reader
         fd = reader.fileno()
         answer: Message = {"reader": number, "size_bytes": reader.size_bytes}
@@ -138,6 +142,17 @@ class Worker(Program):
 
     async def _on_write(self, writer: int, payload: bytes = b"") -> Message:
         return {"offset": await self._writers[writer].write(payload)}
+
+    async def _on_table(self, name: str, expires_s: float | None) -> Message:
+        path, mark = await self._process.place_table(name, expires_s)
+        return {"path": str(path), "mark": mark}
+
+    async def _on_mark(self, cursor: Any, offsets: list[tuple[int, int]]) -> Message:
+        """What the child commits with its rows: the cursor, and the artefacts' lengths at it."""
+        self._process.wrote(cursor)
+        lengths = {self._writers[number].name: offset for number, offset in offsets}
+        self._mark = await self._process.make_mark(cursor, lengths)
+        return {"mark": self._mark}
 
     async def _on_undo(self, name: str, args: dict[str, Any]) -> Message:
         await self._process.undo(name, **args)

@@ -172,7 +172,7 @@ class _Artifact:
         media_type: str,
         expires_s: float | None,
         layout: str,
-        made_by: Writer | _Table,
+        made_by: Writer | _Table | None,
         offset: int,
     ) -> None:
         self.blob = blob
@@ -181,7 +181,7 @@ class _Artifact:
         self.expires_s = expires_s
         self.layout = layout
         self.table = made_by if isinstance(made_by, _Table) else None
-        self.writer = None if isinstance(made_by, _Table) else made_by
+        self.writer = None if isinstance(made_by, _Table) else made_by  # a child writes its table
         self.offset = offset
         self.reader: Callable[[], Awaitable[Reader]]
         self.zip: ZipDraft | None = None  # once it was opened as that
@@ -367,6 +367,7 @@ class Process:
         expires_s: float | None = None,
         fresh: bool = False,
         layout: str = PLAIN,
+        is_elsewhere: bool = False,
     ) -> _Artifact:
         name = clean_name(name, "name")  # it may come from a parameter, and becomes one on the disk
         known = self._mark.get("artifacts", {}).get(name)
@@ -379,8 +380,10 @@ class Process:
             known = None
         blob, offset = (known["blob"], known["bytes"]) if known else (uuid7(), 0)
         blobs = self._runners.blobs
-        made_by: Writer | _Table
-        if layout == TABLE:
+        made_by: Writer | _Table | None
+        if is_elsewhere:
+            made_by = None
+        elif layout == TABLE:
             made_by = _Table(self, TableFile(await blobs.place(blob)))
         else:
             made_by = await blobs.writer(blob, self.fence, offset=offset)
@@ -433,7 +436,37 @@ class Process:
             program.watch_input(given[0])
         return program
 
+    def _only_table(self, name: str) -> str:
+        """The name of the job's table, as it is stored. Raises TypeError for a second one."""
+        name = clean_name(name, "name")
+        for other, known in self._mark.get("artifacts", {}).items():
+            if known.get("layout") == TABLE and other != name:
+                raise TypeError(f"{self._kind.name} makes a second table; a job makes one")
+        return name
+
     # For what runs in a child
+
+    async def place_table(self, name: str, expires_s: float | None) -> tuple[Path, dict[str, Any]]:
+        """Where the child makes the job's table, and the mark that it begins with."""
+        made = await self.artifact(
+            self._only_table(name),
+            TABLE_TYPE,
+            expires_s=expires_s,
+            layout=TABLE,
+            is_elsewhere=True,
+        )
+        if made.layout != TABLE:
+            raise SluiceError("kind-failed", f"{self._kind.name} has made {name} as another file.")
+        self._base = self._base or self._mark
+        return await self._runners.blobs.place(made.blob), self._mark
+
+    def _take_table(self) -> None:
+        """The child that made a table has ended and closed it."""
+        self._artifacts = {
+            name: artifact
+            for name, artifact in self._artifacts.items()
+            if artifact.layout != TABLE or artifact.table is not None
+        }
 
     async def spawn(
         self,
@@ -505,10 +538,7 @@ class Process:
         about: Mapping[str, Any] | None = None,
         expires_s: float | None = None,
     ) -> _Table:
-        name = clean_name(name, "name")
-        for other, known in self._mark.get("artifacts", {}).items():
-            if known.get("layout") == TABLE and other != name:
-                raise TypeError(f"{self._kind.name} makes a second table; a job makes one")
+        name = self._only_table(name)
         check_columns(columns)
         made = await self.artifact(name, TABLE_TYPE, expires_s=expires_s, layout=TABLE)
         if made.table is None:
@@ -751,6 +781,7 @@ class Process:
         grace_s = self._runners.child_grace_s
         try:
             data: dict[str, Any] | None = await self._stepped(run)
+            self._take_table()
             return data
         except (JobPaused, asyncio.CancelledError):  # it stands still, or the grace is over
             grace_s = 0
@@ -817,6 +848,7 @@ class Process:
                 await self.zip(name, expires_s=expires_s)
             else:
                 await self.artifact(name, known["media_type"], expires_s=expires_s, layout=layout)
+        self._artifacts = {name: self._artifacts[name] for name in self._known({})}
         for artifact in self._artifacts.values():
             if artifact.table is not None:  # its last commit syncs the others, so it comes first
                 await self._seal(artifact.blob, artifact.table)

@@ -121,8 +121,11 @@ class TableFile:
     the last commit. A commit that only had no room may be tried again.
     """
 
-    def __init__(self, path: Path, *, log_bytes: int = _LOG_BYTES) -> None:
+    def __init__(
+        self, path: Path, *, log_bytes: int = _LOG_BYTES, commit_s: float = _COMMIT_S
+    ) -> None:
         self._path = path
+        self._commit_s = commit_s
         self._log_bytes = log_bytes
         self._sql = ""
         self._columns: list[tuple[str, str]] = []
@@ -236,7 +239,7 @@ class TableFile:
         """Whether what was added should be committed now: it is old, or as long as the log."""
         if not self._pending:
             return False
-        if monotonic() - self._began > _COMMIT_S:
+        if monotonic() - self._began > self._commit_s:
             return True
         (pages,) = self._con.execute("PRAGMA page_count").fetchone()
         return bool((pages - self._pages) * self._page_bytes > self._log_bytes)

@@ -28,8 +28,8 @@ from jobs.kinds import FileInfo, FileReader
 
 BLOCK_BYTES = 64 << 10
 MAX_ROW_BYTES = 1 << 20
-_BOM = b"\xef\xbb\xbf"
-_FOREIGN = {
+BOM = b"\xef\xbb\xbf"
+FOREIGN = {
     b"\x1f\x8b": "is compressed (gzip)",
     b"PK\x03\x04": "is a zip archive or a spreadsheet",
     b"\x28\xb5\x2f\xfd": "is compressed (zstd)",
@@ -53,7 +53,7 @@ _MEDIA_TYPES = {
     "application/x-ndjson": ("jsonl", ","),
     "application/ndjson": ("jsonl", ","),
 }
-_UNFINISHED = "unexpected end of data"  # what the csv module says of an open quote
+UNFINISHED = "unexpected end of data"  # what the csv module says of an open quote
 
 csv.field_size_limit(MAX_ROW_BYTES)
 
@@ -125,10 +125,10 @@ def source_of(info: FileInfo, format: str, delimiter: str | None) -> Source:
 async def open_records(source: Source, reader: FileReader) -> Records:
     """Look at a file's beginning. Raises invalid-data."""
     begin = await reader.read(0, BLOCK_BYTES)
-    for magic, what in _FOREIGN.items():
+    for magic, what in FOREIGN.items():
         if begin.startswith(magic):
             raise SluiceError("invalid-data", f"{source.name!r} {what}.", source=source.name)
-    start = len(_BOM) if begin.startswith(_BOM) else 0
+    start = len(BOM) if begin.startswith(BOM) else 0
     if source.format == "jsonl":
         return _Jsonl(source, reader, start)
     records = _Csv(source, reader, start)
@@ -288,7 +288,7 @@ class _CsvBlock:
             rows.extend(islice(self._rows, most))
         except csv.Error as error:
             over = True
-            self.open = str(error) == _UNFINISHED
+            self.open = str(error) == UNFINISHED
             if not self.open and not self._fault:
                 self._fault = str(error)
         self.records += len(rows)

@@ -174,7 +174,7 @@ async def test_killed_between_publishing_and_the_row(
             published.append(world.published())
             await eventually(lambda: False, "the end", within_s=60)
 
-        monkeypatch.setattr(world.manager, "insist", no_commit)
+        monkeypatch.setattr(world.manager, "finish", no_commit)
         bench.ends = True
         await eventually(lambda: published, "it was published")
         assert any(name.endswith("/numbers") for name in published[0])
