@@ -63,6 +63,7 @@ POINTS: dict[str, Point] = {
     "published": (LocalBlobs, "publish", "after", _always),  # renamed, not committed
     "ending": (SqliteState, "commit", "before", _succeeds),
     "ended": (SqliteState, "commit", "after", _succeeds),  # committed, not answered
+    "spent": (SqliteState, "spend", "after", _always),  # a key whose command is done
     "pausing": (SqliteState, "commit", "after", _pauses),
     "flush": (SqliteState, "_flush", "before", _always),
     "checkpoint": (runners.Process, "checkpoint", "before", _always),

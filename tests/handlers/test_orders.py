@@ -309,7 +309,7 @@ def test_what_was_refused_may_be_asked_for_again(caller: Caller) -> None:
 def test_a_repeat_while_the_first_is_under_way_is_a_409(caller: Caller) -> None:
     """Two at once do it once: the second is told that the first is not done."""
     key = a_key()
-    body = json.dumps([count(AT_ONCE)] * 300).encode()
+    body = json.dumps([count(AT_ONCE)] * 1000).encode()
     head = {"Idempotency_Key": key, "Content_Length": len(body), "X_Client_Id": caller.client}
     with Raw(caller.server) as one, Raw(caller.server) as two:
         for raw in (one, two):
@@ -323,8 +323,10 @@ def test_a_repeat_while_the_first_is_under_way_is_a_409(caller: Caller) -> None:
     assert refused.json["code"] == "key-in-flight"
     assert refused.headers["Retry-After"] == "1"
     again = caller.post("/v1/jobs", json.loads(body), Idempotency_Key=key)
-    assert (again.status, again.json["n"]) == (201, 300)
-    assert len(caller.jobs()) == 300
+    assert (again.status, again.json["n"]) == (201, 1000)
+    jobs = [item["job"]["id"] for item in again.json["items"]]
+    made = next(answer for answer in answers if answer.status == 201)
+    assert jobs == [item["job"]["id"] for item in made.json["items"]]
 
 
 def test_a_key_is_the_same_through_every_door(caller: Caller) -> None:
@@ -500,13 +502,17 @@ def test_the_queue_takes_as_many_of_a_list_as_it_has_room_for(serve: Serve) -> N
     caller.server.wait_for(first["id"], "cancelled")
 
 
-def test_a_list_under_a_key_is_finished_after_a_crash(serve: Serve) -> None:
-    """A repeat goes on with those that were not started, and starts none twice."""
+@pytest.mark.parametrize("point", ["created:1", "created:40", "created:100", "spent:1"])
+def test_a_list_under_a_key_is_finished_after_a_crash(serve: Serve, point: str) -> None:
+    """A repeat goes on with those that were not started, and starts none twice.
+
+    Killed with the first commit, in the middle, behind the last job, or when all is written down.
+    """
     server = serve()
     caller, key = Caller(server, "c"), a_key()
     body = [count(AT_ONCE, name=f"item {n}") for n in range(100)] + [{"kind": "nope"}]
     server.kill()
-    server.env = {"CRASH_AT": "created:40"}
+    server.env = {"CRASH_AT": point}
     server.start()
     with pytest.raises(ConnectionError):
         caller.post("/v1/jobs", body, Idempotency_Key=key)
@@ -514,14 +520,14 @@ def test_a_list_under_a_key_is_finished_after_a_crash(serve: Serve) -> None:
     server.env = {}
     server.start()
     before = {job["id"] for job in caller.jobs()}
-    assert 40 <= len(before) < 100
+    assert int(point.partition(":")[2]) <= len(before) <= 100
     answer = caller.post("/v1/jobs", body, Idempotency_Key=key)
-    assert "Idempotency-Replayed" not in answer.headers
+    assert ("Idempotency-Replayed" in answer.headers) == (point == "spent:1")
     assert (answer.status, answer.json["n"], answer.json["failures"]) == (200, 100, 1)
     assert [item["job"]["name"] for item in answer.json["items"][:100]] == [
         item["name"] for item in body[:100]
     ]
-    assert before < {item["job"]["id"] for item in answer.json["items"][:100]}
+    assert before <= {item["job"]["id"] for item in answer.json["items"][:100]}
     again = caller.post("/v1/jobs", body, Idempotency_Key=key)
     assert again.headers["Idempotency-Replayed"] == "true"
     assert again.json["items"][100]["error"]["code"] == "unknown-kind"
@@ -589,6 +595,25 @@ def test_many_jobs_are_commanded_by_a_filter(serve: Serve) -> None:
     assert bulk("delete", state="succeeded") == 0
     assert bulk("delete") == 3
     assert caller.server.jobs() == []
+
+
+def test_many_cancels_may_be_forced(caller: Caller) -> None:
+    """With force=1 the grace of each ends, and the history says who has asked for that."""
+    params = {"steps": 10**6, "delay_s": 0.02, "undo_steps": 1000}
+    jobs = [caller.post("/v1/jobs", count(params)).json["id"] for _ in range(2)]
+
+    def count_on() -> bool:
+        return all(caller.server.job(job)["progress"]["done"] > 5 for job in jobs)
+
+    eventually(count_on, "they count")
+    for query in ("", "", "?force=1"):
+        answer = caller.post(f"/v1/jobs/cancel{query}", {"ids": jobs})
+        assert answer.json == {"n": 2, "failures": 0, "failed": []}
+    for job in jobs:
+        caller.server.wait_for(job, "cancelled")
+        events = caller.get(f"/v1/jobs/{job}/events").json["items"]
+        asked = [(e["from"], e["to"]) for e in events if e["cause"] == "command"]
+        assert asked == [("running", "cancelling"), ("cancelling", "cancelling")]
 
 
 def test_a_command_to_many_under_a_key_is_obeyed_once(caller: Caller) -> None:
