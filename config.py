@@ -241,18 +241,20 @@ def _json_object() -> Rule:
     return Rule(read, "a JSON object", json.dumps, how_written, (dict,), metavar="JSON")
 
 
-def _numbers(low: int, high: int) -> Rule:
-    def read(raw: str | dict[str, object]) -> dict[str, int]:
-        value = json.loads(raw) if isinstance(raw, str) else raw
-        if not isinstance(value, dict):
-            raise ValueError
-        numbers = {name: n for name, n in value.items() if type(n) is int and low <= n <= high}
-        if len(numbers) < len(value):
-            raise ValueError
-        return numbers
+def _numbers(rule: Rule, what: str) -> Rule:
+    """A number for each of some names, each read by ``rule``."""
 
-    allowed = f"a JSON object of whole numbers from {low} to {high}"
-    return Rule(read, allowed, json.dumps, "in a file: a table", (dict,), metavar="JSON")
+    def read(raw: str | dict[str, object]) -> dict[str, object]:
+        value = json.loads(raw) if isinstance(raw, str) else raw
+        if not isinstance(value, dict) or any(isinstance(n, bool | str) for n in value.values()):
+            raise ValueError
+        return {name: rule.read(n) for name, n in value.items()}
+
+    def show(numbers: dict[str, object]) -> str:
+        return json.dumps(numbers)
+
+    allowed = f"a JSON object of {what}"
+    return Rule(read, allowed, show, "in a file: a table", (dict,), rule.unit, metavar="JSON")
 
 
 def _within(value: N, low: N, high: N) -> N:
@@ -323,9 +325,24 @@ class Config:
     kind_limits: Mapping[str, int] = field(
         default_factory=dict,
         metadata=_about(
-            _numbers(1, 1024),
+            _numbers(_whole(1, 1024, "processes"), "whole numbers from 1 to 1024"),
             'processes of a kind that run at once, as {"fetch": 2}, before what the kind says '
             "itself",
+        ),
+    )
+    run_timeouts_s: Mapping[str, float] = field(
+        default_factory=dict,
+        metadata=_about(
+            _numbers(_duration(), "seconds, more than 0"),
+            'how long a process of a kind may run, pauses and queueing aside, as {"exec": 3600}, '
+            "before what the kind says itself",
+        ),
+    )
+    stall_timeouts_s: Mapping[str, float] = field(
+        default_factory=dict,
+        metadata=_about(
+            _numbers(_duration(), "seconds, more than 0"),
+            "the same for how long it may go without a sign of progress",
         ),
     )
     max_upload_bytes: int = field(

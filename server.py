@@ -125,6 +125,8 @@ async def assembled(config: Config, kinds: Registry | None = None) -> AsyncItera
             owner_queued=config.owner_queued,
             owner_slots=config.owner_slots,
             kind_limits=config.kind_limits,
+            run_timeouts_s=config.run_timeouts_s,
+            stall_timeouts_s=config.stall_timeouts_s,
             keep_jobs_s=config.keep_jobs_s,
         ),
     )

@@ -207,7 +207,10 @@ class Limits(NamedTuple):
     max_queued: int = 10_000
     owner_queued: int = 0  # 0: no limit but that of all owners together
     owner_slots: int = 0  # 0: as many as there are
-    kind_limits: Mapping[str, int] = {}  # before what the kinds say themselves
+    # Before what the kinds say themselves:
+    kind_limits: Mapping[str, int] = {}
+    run_timeouts_s: Mapping[str, float] = {}
+    stall_timeouts_s: Mapping[str, float] = {}
     keep_jobs_s: float = 30 * 86_400.0
 
 

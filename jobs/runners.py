@@ -303,11 +303,10 @@ class Process:
         self._late: SluiceError | None = None
         self.lost = False  # the frame did not end when it was told to: nobody waits for it any more
         self._clock: Clock | None = None
-        if kind.run_timeout_s is not None or kind.stall_timeout_s is not None:
+        run_s, stall_s = runners.timeouts_s(kind)
+        if run_s is not None or stall_s is not None:
             ran_s = self._mark.get("ran_s", 0.0)
-            self._clock = Clock(
-                kind.run_timeout_s, kind.stall_timeout_s, ran_s, self._is_alive, self._end_late
-            )
+            self._clock = Clock(run_s, stall_s, ran_s, self._is_alive, self._end_late)
         self._folder: Path | None = None
         self._cold_at = 0.0  # when a warm pause ends
         self._resumed = perf_counter()
@@ -1015,6 +1014,14 @@ class Runners:
         self.closed = False
         self._live: dict[str, Process] = {}
         manager.use(self)
+
+    def timeouts_s(self, kind: Kind) -> tuple[float | None, float | None]:
+        """How long a job of a kind may run, and be silent: a setting comes before the kind."""
+        limits = self.manager.limits
+        return (
+            limits.run_timeouts_s.get(kind.name, kind.run_timeout_s),
+            limits.stall_timeouts_s.get(kind.name, kind.stall_timeout_s),
+        )
 
     def start(self, job: Job) -> None:
         """See Driver: go on in the frame that is still here, else begin at the cursor."""

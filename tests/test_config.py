@@ -122,6 +122,15 @@ def test_a_file_gives_numbers_lists_and_tables(tmp_path: Path) -> None:
     )
 
 
+def test_numbers_by_kind(tmp_path: Path) -> None:
+    """A table in the file, JSON elsewhere; each number is read as one of its own."""
+    file = toml(tmp_path, "kind_limits = {fetch = 2}\nrun_timeouts_s = {exec = 1.5, fetch = 60}")
+    found = load(["--config", file, "--stall-timeouts-s", '{"exec": 30}'], {})
+    assert found.kind_limits == {"fetch": 2}
+    assert found.run_timeouts_s == {"exec": 1.5, "fetch": 60.0}
+    assert found.stall_timeouts_s == {"exec": 30.0}
+
+
 def test_hosts_can_be_repeated_or_separated_by_commas() -> None:
     """Host names add up within one source, lower case and without duplicates."""
     argv = ["--hosts", "a.example,B.example", "--hosts", "[2001:DB8::1]", "--hosts", "a.example"]
@@ -203,6 +212,7 @@ def test_the_settings_cannot_be_changed() -> None:
         *(("--cors-origins", text) for text in ("https://a:0", "https://a:65536", "https://[::1")),
         *(("--trusted-proxies", text) for text in ("proxy.example", "*", "10.0.0.1/8")),
         *(("--trusted-proxies", text) for text in ("10.0.0.0/33", "10.0.0.1:80")),
+        *(("--kind-limits", text) for text in ("2", "[]", '{"a": 1025}', '{"a": null}', "{")),
         ("--log-level", "loud\nand\x1b[1mclear"),
     ],
 )
@@ -230,6 +240,13 @@ def test_a_value_that_is_not_allowed_is_refused(flag: str, text: str) -> None:
         "default_params = '{}'",
         "default_params = {at = 2030-01-01}",
         "default_params = {at = nan}",
+        "kind_limits = 2",
+        "kind_limits = {fetch = 0}",
+        "kind_limits = {fetch = 1.5}",
+        "kind_limits = {fetch = true}",
+        "kind_limits = {fetch = '2'}",
+        "run_timeouts_s = {exec = 0}",
+        "stall_timeouts_s = {exec = nan}",
         "slots = {n = 1}",
     ],
 )

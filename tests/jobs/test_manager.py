@@ -28,7 +28,7 @@ from hypothesis.stateful import (
 from errors import SluiceError
 from jobs.downloads import Downloads
 from jobs.files import now_ms
-from jobs.kinds import Kind
+from jobs.kinds import Kind, Retry
 from jobs.manager import Limits
 from jobs.states import FINAL
 from storage import File, Job
@@ -1481,14 +1481,22 @@ class Steered:
                 await file.write(b"%d\n" % step)
             await ctx.sleep(0.0005)
             step += 1
-        if ending == "fail":
+        if ending == "fail once":
+            self.endings[ctx.job_id] = "finish"
+        if ending != "finish":
             raise SluiceError("kind-failed", "as asked")
         return {"counted": step}
 
     @property
     def kind(self) -> Kind:
         """The kind."""
-        return a_kind("steered", self.run, Params=Steps, UNDO={"take_back": self.take_back})
+        return a_kind(
+            "steered",
+            self.run,
+            Params=Steps,
+            UNDO={"take_back": self.take_back},
+            RETRY=Retry(times=1, base_s=0.001),
+        )
 
 
 class ManagerMachine(RuleBasedStateMachine):
@@ -1521,20 +1529,50 @@ class ManagerMachine(RuleBasedStateMachine):
 
         return self.runner.run(limited())
 
-    @initialize(warm_s=st.sampled_from([0.0, 0.002, 30.0]), slots=st.integers(1, 3))
-    def begin(self, warm_s: float, slots: int) -> None:
+    @initialize(
+        warm_s=st.sampled_from([0.0, 0.002, 30.0]),
+        slots=st.integers(1, 3),
+        of_kind=st.sampled_from([{}, {"steered": 1}]),
+        of_owner=st.integers(0, 2),
+        queued=st.sampled_from([4, 1000]),
+    )
+    def begin(
+        self, warm_s: float, slots: int, of_kind: dict[str, int], of_owner: int, queued: int
+    ) -> None:
         """A new folder."""
         folder = self.folder / str(next(self.numbers))
         folder.mkdir()
-        self.world = World(folder, self.steered.kind, warm_s=warm_s, limits=Limits(slots=slots))
+        limits = Limits(slots=slots, max_queued=queued, owner_slots=of_owner, kind_limits=of_kind)
+        self.world = World(folder, self.steered.kind, warm_s=warm_s, limits=limits)
         self.do(self.world.open())
 
-    @rule(undo=st.integers(0, 3), file=st.booleans())
-    def start(self, undo: int, file: bool) -> None:
-        """One more job."""
+    @rule(
+        undo=st.integers(0, 3),
+        file=st.booleans(),
+        after=st.lists(st.integers(0, 20), max_size=2),
+        on=st.sampled_from(["success", "any"]),
+    )
+    def start(self, undo: int, file: bool, after: list[int], on: str) -> None:
+        """One more job, perhaps after others; refused if one of those is gone, or all wait."""
         assert self.world is not None
         params = {"undo": undo, "file": "lines.txt" if file else ""}
-        self.jobs.append(self.do(self.world.start("steered", params)))
+        parents = [self.pick(n) for n in after] if self.jobs else []
+        try:
+            job_id = self.do(self.world.start("steered", params, after=parents, on=on))
+        except SluiceError as error:
+            if error.code == "queue-full":
+                # By the time that it is looked at, some may have been given slots.
+                limits = self.world.limits
+                assert self._waiting() >= limits.max_queued - limits.slots
+            else:
+                assert (error.field, self.deleted.isdisjoint(parents)) == ("after", False)
+            return
+        self.jobs.append(job_id)
+
+    def _waiting(self) -> int:
+        """How many jobs wait."""
+        assert self.world is not None
+        return sum(self.do(self.world.state.waiting()).values())
 
     @precondition(lambda self: self.jobs)
     @rule(pick=st.integers(0, 20), verb=st.sampled_from(["pause", "resume", "cancel"]))
@@ -1551,7 +1589,9 @@ class ManagerMachine(RuleBasedStateMachine):
         assert state
 
     @precondition(lambda self: self.jobs)
-    @rule(pick=st.integers(0, 20), ending=st.sampled_from(["finish", "finish", "fail"]))
+    @rule(
+        pick=st.integers(0, 20), ending=st.sampled_from(["finish", "finish", "fail", "fail once"])
+    )
     def end(self, pick: int, ending: str) -> None:
         """Let a job end when it next can."""
         self.steered.endings.setdefault(self.pick(pick), ending)
@@ -1565,7 +1605,7 @@ class ManagerMachine(RuleBasedStateMachine):
         try:
             again = self.do(self.world.manager.retry(job_id, owner=OWNER, by=self.world.by()))
         except SluiceError as error:
-            assert error.code in ("job-live", "job-unknown"), error
+            assert error.code in ("job-live", "job-unknown", "queue-full"), error
             return
         self.jobs.append(again.id)
 
@@ -1655,6 +1695,9 @@ class ManagerMachine(RuleBasedStateMachine):
                     await world.tell(job_id, "resume")
         for job_id in jobs:
             job = await world.until(job_id, *FINAL)
+            if job.reason == "after":
+                assert job.started_at is None
+                assert job.error is not None
             if job.state != "succeeded":
                 # Each at least once, the first one last; twice after a crash that lost the cursor.
                 undone = self.steered.undone.get(job_id, [])
@@ -1668,7 +1711,9 @@ class ManagerMachine(RuleBasedStateMachine):
                 assert content == b"".join(b"%d\n" % i for i in range(counted))
         await eventually(lambda: not world.runners._live, "no frame is left")
         await eventually(lambda: world.unfinished() == [], "tmp/ is empty")
-        assert world.manager.running == 0
+        await eventually(lambda: world.manager.running == 0, "no slot is held")
+        assert not world.manager._waiting
+        assert world.state._con.execute("SELECT * FROM waits").fetchall() == []
         assert not world.manager._active
         assert not world.manager._alarms
         assert not world.manager._rollbacks

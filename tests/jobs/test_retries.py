@@ -339,6 +339,17 @@ async def test_a_job_runs_for_so_long(tmp_path: Path) -> None:
         assert world.manager.running == 0
 
 
+async def test_a_setting_comes_before_the_kind(tmp_path: Path) -> None:
+    """For both clocks, also where the kind has none."""
+    kinds = (a_kind("walks", walks, RUN_TIMEOUT_S=3600), a_kind("hangs", hangs))
+    limits = Limits(run_timeouts_s={"walks": 0.05}, stall_timeouts_s={"hangs": 0.05})
+    async with World(tmp_path, *kinds, limits=limits) as world:
+        for kind, code in (("walks", "timeout"), ("hangs", "stalled")):
+            job = await world.until(await world.start(kind), "failed")
+            assert job.error is not None
+            assert job.error["code"] == code
+
+
 async def test_what_hangs_is_ended(tmp_path: Path) -> None:
     """No checkpoint for too long: it fails though it never comes to one, and runs its journal."""
     undone = []
