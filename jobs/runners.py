@@ -29,6 +29,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from random import random
@@ -123,10 +124,13 @@ class Lane:
 class _Files:
     """The files of one owner, as a process sees them."""
 
-    def __init__(self, files: Files, state: State, owner: str) -> None:
+    def __init__(
+        self, files: Files, state: State, owner: str, save_cursor: Callable[[], Awaitable[None]]
+    ) -> None:
         self._files = files
         self._state = state
         self._owner = owner
+        self._save_cursor = save_cursor
 
     async def find(self, name: str) -> File:
         if (made_by := _JOB.fullmatch(name)) is not None:
@@ -154,9 +158,14 @@ class _Files:
     async def checks(self, file_id: str, skip: int, limit: int) -> Sequence[Check]:
         return await self._files.checks(await self._files.get(file_id, self._owner), skip, limit)
 
-    async def keep_digests(self, file_id: str, digests: Mapping[str, str]) -> None:
-        await self._files.get(file_id, self._owner)
-        await self._files.keep_digests({file_id: digests})
+    async def keep_digests(self, digests: Mapping[str, Mapping[str, str]]) -> None:
+        await self._save_cursor()
+        known = {}
+        for file_id, found in digests.items():
+            with suppress(SluiceError):  # it was deleted, or is another owner's
+                await self._files.get(file_id, self._owner)
+                known[file_id] = found
+        await self._files.keep_digests(known)
 
     async def table(self, file_id: str) -> Table:
         return await self._files.table(await self._files.get(file_id, self._owner))
@@ -277,7 +286,7 @@ class Process:
         self.job_id = job.id
         self.owner = job.owner
         self.attempt = job.attempt
-        self.files = _Files(runners.files, runners.state, job.owner)
+        self.files = _Files(runners.files, runners.state, job.owner, self._save_cursor)
         self.meter = Meter(kind.unit, job.progress)
         self.fence = job.fence
         self.want = "run"

@@ -203,8 +203,12 @@ class FileAccess(Protocol):
         """The parts of a file that have a CRC-32 of their own, in order, behind the first few."""
         ...
 
-    async def keep_digests(self, file_id: str, digests: Mapping[str, str]) -> None:
-        """Record digests (hex, by algorithm) with a file; one that it has already stays."""
+    async def keep_digests(self, digests: Mapping[str, Mapping[str, str]]) -> None:
+        """Record digests (hex, by algorithm) with files, by their ids; what they have stays.
+
+        The cursor is saved first, so that no resume comes back to before it. Files that are not
+        there any more are fine.
+        """
         ...
 
     async def table(self, file_id: str) -> TableReader:

@@ -67,6 +67,7 @@ class Cursor(msgspec.Struct):
     damaged: int = 0
     without_digest: int = 0
     named: list[str] = []
+    fresh: dict[str, dict[str, str]] = {}  # digests that are still to be recorded, by id
 
 
 async def run(ctx: Context, params: Params) -> dict[str, Any]:
@@ -78,7 +79,7 @@ async def run(ctx: Context, params: Params) -> dict[str, Any]:
     while page := await ctx.files.list(at.below, _PAGE):
         for info in page:
             message = f"{at.files + 1} of {max(count, at.files + 1)} files"
-            found = await _verify(ctx, info, at.done, message)
+            found = await _verify(ctx, info, at.fresh, at.done, message)
             if found is None:  # deleted meanwhile
                 at.below = info.h
                 continue
@@ -94,6 +95,10 @@ async def run(ctx: Context, params: Params) -> dict[str, Any]:
             at.damaged += bool(found)
             at.without_digest += not info.digest
             await ctx.checkpoint(msgspec.to_builtins(at), done=at.done, message=message)
+            if len(at.fresh) >= _PAGE:
+                await _keep(ctx, at)
+    if at.fresh:
+        await _keep(ctx, at)
     await ctx.checkpoint(done=at.done, total=at.done)  # files may have come and gone
     if at.damaged and params.fail:
         names = ", ".join(at.named) + (" …" if at.damaged > len(at.named) else "")
@@ -106,8 +111,20 @@ async def run(ctx: Context, params: Params) -> dict[str, Any]:
     }
 
 
-async def _verify(ctx: Context, info: FileInfo, done: int, message: str) -> list[Damage] | None:
-    """What is wrong with a file, if anything; None if it is not there any more."""
+async def _keep(ctx: Context, at: Cursor) -> None:
+    """Record the digests that were found; the cursor that has them is saved before that."""
+    await ctx.files.keep_digests(at.fresh)
+    at.fresh = {}
+    await ctx.checkpoint(msgspec.to_builtins(at))
+
+
+async def _verify(
+    ctx: Context, info: FileInfo, fresh: dict[str, dict[str, str]], done: int, message: str
+) -> list[Damage] | None:
+    """What is wrong with a file, if anything; None if it is not there any more.
+
+    Digests that it has not so far are put into ``fresh``.
+    """
     hashers = {name: hasher(name) for name in {*info.digest, *_KEPT} if is_known(name)}
     members = _Members(ctx, info)
     try:
@@ -120,7 +137,7 @@ async def _verify(ctx: Context, info: FileInfo, done: int, message: str) -> list
             if digests.get(name, expected) != expected:
                 found.append(_damage(info, "digest", name, expected=expected, found=digests[name]))
         if not found and not set(_KEPT) <= set(info.digest):
-            await ctx.files.keep_digests(info.id, {name: digests[name] for name in _KEPT})
+            fresh[info.id] = {name: digests[name] for name in _KEPT}
     except SluiceError as error:
         return await _unreadable(ctx, info, error)
     return found
