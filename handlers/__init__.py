@@ -19,6 +19,7 @@ from handlers import (
     resumable,
     simple,
     status,
+    tables,
     tus,
 )
 
@@ -163,6 +164,10 @@ ROUTES: list[Route] = [
         files.ContentHandler,
         {"GET": "The bytes of a file, or ranges of them", "HEAD": "Their headers"},
     ),
+    # Tables
+    Route(r"/v1/tables", tables.TablesHandler, {"GET": "List tables"}),
+    Route(r"/v1/tables/([^/]+)", tables.TableHandler, {"GET": "What a table has"}),
+    Route(r"/v1/tables/([^/]+)/rows", tables.RowsHandler, {"GET": "Rows of a table"}),
     # The channel and the service itself
     Route(r"/v1/ws", live.LiveHandler, {"GET": "The live channel (WebSocket)"}),
     Route(

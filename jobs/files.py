@@ -34,6 +34,7 @@ _TINY_BYTES = 256 << 10  # takes less time here than to tell another process
 _SMALL_BYTES = 16 << 20  # is hashed while its first reader waits: some hundredths of a second
 _ASKED_BYTES = 256 << 20  # so is this for who asks for a digest
 _MAX_HASHING = 4
+_PAGE, _PAGES = 500, 10  # of files that are looked through for tables
 
 
 def now_ms() -> int:
@@ -115,6 +116,35 @@ class Files:
         if file.layout != ZIP:
             return []
         return await self._zips.checks(file, skip, limit)
+
+    async def find_table(self, name: str, owner: str) -> File:
+        """The newest version of a table, or the one of that id. Raises table-unknown."""
+        file = await self._state.newest(owner, name) or await self._state.file(name, owner)
+        if file is None or file.layout != TABLE:
+            raise SluiceError("table-unknown", f"There is no table named {name[:255]!r}.")
+        return file
+
+    async def tables(self, owner: str, after: int | None, limit: int) -> Page[File]:
+        """The newest versions of all tables, newest first.
+
+        One call looks at a bounded number of files: a page may then have fewer than ``limit``,
+        even none, though ``next`` promises more.
+        """
+        found: list[File] = []
+        for _ in range(_PAGES):
+            page = await self._state.find_files(owner, None, after, _PAGE)
+            for file in page.items:
+                after = file.h
+                if file.layout != TABLE:
+                    continue
+                newest = await self._state.newest(owner, file.name)
+                if newest is not None and newest.id == file.id:
+                    found.append(file)
+                    if len(found) == limit:
+                        return Page(found, after)
+            if page.next is None:
+                return Page(found, None)
+        return Page(found, after)
 
     async def table(self, file: File) -> Table:
         """Open a table for its rows, as ``reader``. Raises table-unknown."""

@@ -5,6 +5,7 @@ One shape for REST, the channel and the log. Times are RFC 3339 UTC with millise
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any
@@ -112,6 +113,17 @@ def _via(event: Event) -> str:
     """The door through which somebody has asked for what happened; ``system`` if nobody has."""
     by = _signed.decode(event.row).by if event.cause in _ASKED else None
     return by.via if by is not None else "system"
+
+
+def table_row(
+    file: File, columns: Sequence[tuple[str, str]], rows: int, about: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A table as clients see it: the file, and what is in it."""
+    return file_row(file) | {
+        "columns": [{"name": name, "type": type} for name, type in columns],
+        "rows": rows,
+        "about": about,
+    }
 
 
 def event_row(event: Event) -> dict[str, Any]:
