@@ -373,7 +373,11 @@ async def trial_ground(
 def run_check(config: Config, words: Sequence[str]) -> int:
     """``server.py check KIND``: try a kind; 1 if a disturbance changes what comes of it."""
     ask = parse(words)
-    report = examine(ask, partial(trial_ground, config), config.kinds)
+
+    def load_kinds(paths: Sequence[Path]) -> Registry:
+        return _kinds(replace(config, kinds=(*config.kinds, *paths)))
+
+    report = examine(ask, partial(trial_ground, config), load_kinds)
     print(msgspec.json.encode(report).decode() if ask.json else report.text())
     return 0 if report.ok else 1
 

@@ -31,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from itertools import zip_longest
 from pathlib import Path
@@ -257,10 +257,13 @@ def check(
 # The examination
 
 
-def examine(ask: Ask, opened: Open, kinds: Sequence[Path] = ()) -> Report:
-    """Try a kind; never raises for what the kind does. Raises Misused."""
+def examine(ask: Ask, opened: Open, load: Callable[[Sequence[Path]], Registry]) -> Report:
+    """Try a kind; never raises for what the kind does. Raises Misused.
+
+    ``load`` makes the registry, with the kinds of these paths, too.
+    """
     begun = monotonic()
-    kind = _find(ask, [*kinds, *map(Path, ask.kinds)])
+    kind = _find(ask, load)
     files = [Path(name) for name in ask.files]
     if missing := [str(path) for path in files if not path.is_file()]:
         raise Misused(f"check: no such file: {', '.join(missing)}")
@@ -273,8 +276,9 @@ def examine(ask: Ask, opened: Open, kinds: Sequence[Path] = ()) -> Report:
     return examination.report
 
 
-def _find(ask: Ask, kinds: Sequence[Path]) -> Kind:
+def _find(ask: Ask, load: Callable[[Sequence[Path]], Registry]) -> Kind:
     """The kind that is meant, and whether its parameters will do. Raises Misused."""
+    kinds = [Path(path) for path in ask.kinds]
     if missing := [str(path) for path in kinds if not path.exists()]:
         raise Misused(f"check: no such file or folder: {', '.join(missing)}")
     if ask.kind.endswith(".py"):
@@ -284,7 +288,7 @@ def _find(ask: Ask, kinds: Sequence[Path]) -> Kind:
             raise Misused(f"check: {ask.kind} is no kind: {error}") from error
         registry = Registry([kind])
     else:
-        registry = Registry.load(kinds)
+        registry = load(kinds)
         found = registry.get(ask.kind)
         if found is None:
             known = ", ".join(registry.names())
@@ -319,11 +323,10 @@ class _Examination:
     def __init__(self, ask: Ask, kind: Kind, opened: Open, place: Path, base: Path) -> None:
         self.report = Report(kind=kind.name)
         self._ask = ask
+        self._kind = kind
         self._opened = opened
         self._place = place
         self._plan = Plan(
-            name=kind.name,
-            source=kind.source,
             params=ask.params,
             base=str(base),
             folder="",
@@ -339,10 +342,10 @@ class _Examination:
             ((_, outcome),) = self._results([plan])
             if at == "for the first time":
                 self._model, self._model_folder = outcome, folder
+                report.points = dict(Counter(s for s in outcome.points if s != "end"))
             self._judge(plan, at, outcome)
             if report.differences:
                 return
-        report.points = dict(Counter(sort for sort in self._model.points if sort != "end"))
         has_programs = any(self._model.with_program)
         modes = [mode for mode in self._ask.modes if has_programs or mode not in OF_PROGRAMS]
         report.trials = dict.fromkeys(modes, 0)
@@ -389,7 +392,7 @@ class _Examination:
                 while len(running) < most and (plan := next(left, None)) is not None:
                     pid = os.fork()
                     if pid == 0:
-                        overseer(plan, self._opened)
+                        overseer(plan, self._kind, self._opened)
                     pidfd = os.pidfd_open(pid)
                     running[pidfd] = (pid, plan)
                     poll.register(pidfd, select.POLLIN)

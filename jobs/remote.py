@@ -201,12 +201,16 @@ class Worker(Program):
 async def run_in_child(process: Process, kind: Kind, params: Any) -> dict[str, Any] | None:
     """Run a kind in a child Python; what it returns, or what it raises."""
     ours, theirs = socket.socketpair()
-    with theirs:
-        worker = await process.spawn(
-            [sys.executable, str(_PROGRAM)],
-            {_WIRE: theirs.fileno()},
-            make=lambda process, child: Worker(process, child, ours),
-        )
+    try:
+        with theirs:
+            worker = await process.spawn(
+                [sys.executable, str(_PROGRAM)],
+                {_WIRE: theirs.fileno()},
+                make=lambda process, child: Worker(process, child, ours),
+            )
+    except BaseException:  # it was cancelled, or there is no process to be had
+        ours.close()
+        raise
     assert isinstance(worker, Worker)
     worker.begin(
         source=kind.source,

@@ -81,8 +81,6 @@ Open = Callable[[Path, Registry, float], AbstractAsyncContextManager[Ground]]
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """What is tried."""
 
-    name: str  # of the kind
-    source: Source
     params: dict[str, Any]
     base: str  # the prepared folder
     folder: str  # of this trial
@@ -247,13 +245,14 @@ async def prepare(opened: Open, folder: Path, files: list[Path]) -> None:
             await add(ground.uploads, path, OWNER)
 
 
-async def _serve(plan: Plan, opened: Open) -> Outcome:
+async def _serve(plan: Plan, kind: Kind, opened: Open) -> Outcome:
     """Start the job, or find it after a crash; drive it to its end, and look what is there."""
     folder = Path(plan.folder)
     begun = monotonic()
     met = _Watched.met = _Disturbance(plan.mode, plan.sort, plan.nth)
     Runners.process = _Watched
-    kind = load_kind(plan.source, plan.name)
+    if kind.source[1]:  # a fresh one, as a start would have; else it is no module
+        kind = load_kind(kind.source, kind.name)
     warm_s = 0.0 if plan.mode == "cold" else _WARM_S
     async with opened(folder / "data", Registry([kind]), warm_s) as ground:
         manager = ground.manager
@@ -264,7 +263,7 @@ async def _serve(plan: Plan, opened: Open) -> Outcome:
         else:
             params = manager.parse(kind.name, plan.params)
             job, _ = await manager.start(kind.name, params, owner=OWNER, by=_by())
-        job = await _drive(ground, job.id, met, cold=plan.mode == "cold")
+        job = await _drive(ground, job.id, met, cold=plan.mode == "cold" and kind.resumable)
         found = await _look(ground, job, folder)
         found.points, found.reached = met.points, met.reached
         found.with_program = met.with_program
@@ -273,7 +272,7 @@ async def _serve(plan: Plan, opened: Open) -> Outcome:
             lambda: [
                 *_left_files(Path(plan.base), folder, found),
                 *(f"{name} is left open" for name in _held(folder) if name not in held),
-                *_left_tasks(plan.source),
+                *_left_tasks(kind.source),
             ]
         )
     found.seconds = monotonic() - begun
@@ -296,7 +295,7 @@ async def _drive(ground: Ground, job_id: str, met: _Disturbance, *, cold: bool) 
             if job.state in states.FINAL:
                 return job
             if job.state == states.PAUSED:
-                while cold and met.frames:
+                while cold and met.frames:  # programs that can't go on from a cursor stay warm
                     await asyncio.sleep(0.001)
                 await _command(manager, job_id, "resume")
             await changed.wait()
@@ -409,14 +408,14 @@ def _left_tasks(source: Source) -> Iterator[str]:
             yield f"the task {code.co_name} is left"
 
 
-def _server(plan: Plan, opened: Open) -> None:
+def _server(plan: Plan, kind: Kind, opened: Open) -> None:
     """The life of a server process; never returns."""
     status = 1
     try:
         work = Path(plan.folder) / "work"
         os.chdir(work)
         os.environ["TMPDIR"] = tempfile.tempdir = str(work)
-        outcome = asyncio.run(_serve(plan, opened))
+        outcome = asyncio.run(_serve(plan, kind, opened))
         (Path(plan.folder) / "outcome").write_bytes(msgspec.json.encode(outcome))
         status = 0
     except BaseException:
@@ -428,7 +427,7 @@ def _server(plan: Plan, opened: Open) -> None:
 # An overseer
 
 
-def overseer(plan: Plan, opened: Open) -> None:
+def overseer(plan: Plan, kind: Kind, opened: Open) -> None:
     """Run a trial and leave its outcome in ``folder/result``; never returns."""
     status = 1
     folder = Path(plan.folder)
@@ -440,7 +439,7 @@ def overseer(plan: Plan, opened: Open) -> None:
         with (folder / "log").open("ab") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        outcome = _watch(plan, opened)
+        outcome = _watch(plan, kind, opened)
         (folder / "result").write_bytes(msgspec.json.encode(outcome))
         status = 0
     except BaseException:
@@ -461,13 +460,13 @@ def _copy_base(base: Path, data: Path) -> None:
     shutil.copytree(base, data, copy_function=copy)
 
 
-def _watch(plan: Plan, opened: Open) -> Outcome:
+def _watch(plan: Plan, kind: Kind, opened: Open) -> Outcome:
     """Start servers until one has seen the end of the job."""
     now, killed, left = plan, False, []
     while True:
         pid = os.fork()
         if pid == 0:
-            _server(now, opened)
+            _server(now, kind, opened)
         status = _wait(pid, plan.timeout_s + _SETTLE_S)
         left += _orphans()
         if status == -signal.SIGKILL and now.mode in KILLING:

@@ -361,42 +361,63 @@ class Case(NamedTuple):
     options: tuple[str, ...] = ()
 
 
+PROGRAMS = """
+[sort]
+argv = ["sort", "-r"]
+stdin = "file"
+stdout = "{file.name}.sorted"
+params.file = {type = "file"}
+
+[sha256sum]
+argv = ["sha256sum"]
+stdin = "file"
+params.file = {type = "file"}
+"""
+
+
 def cases() -> dict[str, Case]:
     """At least one run of each kind."""
     csv, jsonl, big = {"a.csv": table()}, {"b.jsonl": records()}, {"big.bin": noise(2 << 20)}
-    text = {"a.csv": table(40_000)}
+    text, both = {"a.csv": table(30_000)}, {"a.csv": table(), "b.jsonl": records()}
+    packed = {"a.csv.gz": gzip.compress(table(30_000))}
+    used = ("cpu_s", "peak_bytes")  # of a program; chance
     return {
         "count": Case("count", {"steps": 12, "delay_s": 0.001, "undo_steps": 6}, {}),
         "checksum": Case("checksum", {"file": "big.bin", "algorithms": ["sha256", "crc32"]}, big),
         "archive": Case("archive", {"files": ["big.bin", "a.csv"]}, big | csv),
         "export-csv": Case("export", {"source": "a.csv", "where": "n >= 100"}, csv),
         "export-gz": Case("export", {"source": "b.jsonl", "format": "csv.gz"}, jsonl),
-        "export-two": Case(
-            "export", {"source": ["b.jsonl", "a.csv"], "format": "jsonl"}, csv | jsonl
-        ),
+        "export-two": Case("export", {"source": ["b.jsonl", "a.csv"], "format": "jsonl"}, both),
         "compress-gzip": Case("compress", {"file": "a.csv", "level": 1}, text),
         "compress-zstd": Case("compress", {"file": "big.bin", "format": "zstd"}, big),
-        "decompress-gzip": Case(
-            "decompress", {"file": "a.csv.gz"}, {"a.csv.gz": gzip.compress(table(40_000))}
-        ),
+        "decompress-gzip": Case("decompress", {"file": "a.csv.gz"}, packed),
+        # What a file has no digest for gets one, which is there when a crash repeats the work.
+        "scrub": Case("scrub", {}, big | csv, ignore=("without_digest",)),
+        "scrub-digests": Case("scrub", {}, big | csv, options=("--digest", "always")),
+        "exec-sort": Case("exec.sort", {"file": "a.csv"}, text, 1, used, PROGRAMS_HERE),
+        "exec-sha256sum": Case("exec.sha256sum", {"file": "big.bin"}, big, 1, used, PROGRAMS_HERE),
     }
 
 
+PROGRAMS_HERE = ("--programs", "{programs}")
 CASES = cases()
+IN_CHILDREN = ("compress", "decompress")  # their trials take long: a Python has to start
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_our_kinds_go_on_wherever_they_are_disturbed(name: str) -> None:
+def test_our_kinds_go_on_wherever_they_are_disturbed(name: str, tmp_path: Path) -> None:
     """Paused or killed at any point a kind ends as undisturbed; cancelled it leaves nothing."""
     case = CASES[name]
+    (tmp_path / "programs.toml").write_text(PROGRAMS)
     report = check(
         case.kind,
         case.params,
         case.files,
-        sample=0 if FULL else 2,
+        sample=0 if FULL else 1 if case.kind in IN_CHILDREN else 2,
+        modes=tuple(MODES) if FULL else ("cold", "kill", "cancel", "child"),
         ignore=case.ignore,
-        options=case.options,
+        options=[text.format(programs=tmp_path / "programs.toml") for text in case.options],
     )
     assert report.points["checkpoint"] >= case.least
     assert report.missed == 0 or "wait" in report.points  # how many waits there are is chance
