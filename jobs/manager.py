@@ -331,6 +331,7 @@ class Manager:
 
     def _count(self, owner: str, n: int) -> None:
         """So many more of an owner's jobs wait now."""
+        n = max(n, -self._waiting[owner])
         self._total_waiting += n
         self._waiting[owner] += n
         if not self._waiting[owner]:
@@ -843,7 +844,7 @@ class Manager:
 
     async def _catch_up(self) -> None:
         """See after the jobs that wait for one that ended just before the crash."""
-        self._chained = True
+        self._chained = self._state.chained()
         after = ""
         while jobs := await self._state.overdue(after, _BATCH):
             await asyncio.gather(*(self._look_after(job) for job in jobs))

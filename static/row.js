@@ -106,7 +106,8 @@ function describe(row, app) {
     case "failed":
       return { ...said, look: "failed", bar: undefined, big: part ? said.big : "", small: format.time(row.ended_at), sub: failure(row), bad: true };
     case "cancelled": {
-      const why = row.reason === "expired" ? words.expired : words.cancelled(who(row.by, app.me));
+      const asked = row.reason === "after" ? failure(row) : words.cancelled(who(row.by, app.me));
+      const why = row.reason === "expired" ? words.expired : asked;
       const undone = row.rollback ? words.undone(row.rollback.done, row.rollback.total) : row.kind === "upload" ? words.gone : "";
       return { ...said, look: "still", bar: undefined, big: part ? said.big : "", small: format.time(row.ended_at), sub: `${why} ${undone}`.trim() };
     }

@@ -392,6 +392,10 @@ class Jobs(Protocol):
         """The states of those of the jobs that there are, if they are the owner's."""
         ...
 
+    def chained(self) -> bool:
+        """Whether any job has ever waited for another one: else nobody needs to ask who does."""
+        ...
+
     async def parents(self, job_id: str) -> dict[str, str | None]:
         """What a blocked job waits for, and how each of these has ended, if it has.
 

@@ -758,6 +758,10 @@ class SqliteState:
         )
         return dict(rows.fetchall())
 
+    def chained(self) -> bool:
+        """See the contract."""
+        return self._any_waits
+
     async def parents(self, job_id: str) -> dict[str, str | None]:
         """See the contract."""
         rows = self._con.execute(

@@ -13,6 +13,7 @@ import pytest
 
 from jobs import states
 from jobs.kinds import Kind, load_kind
+from jobs.manager import Limits
 from jobs.states import CANCELLED, FAILED, PAUSED, RUNNING, SUCCEEDED
 from jobs.warden import processes
 from tests.jobs.world import World, eventually
@@ -93,6 +94,41 @@ async def test_a_pause_holds_it_and_it_goes_on(tmp_path: Path, warm_s: float) ->
         job = await world.until(job_id, *states.FINAL)
         assert job.state == SUCCEEDED, job.error
         assert await written(world, job_id) == EXPECTED
+
+
+@pytest.mark.parametrize(
+    ("limits", "code"),
+    [
+        ({"run_timeouts_s": {"stubborn": 1.0}}, "timeout"),
+        ({"stall_timeouts_s": {"stubborn": 1.0}}, "stalled"),
+    ],
+)
+async def test_a_clock_ends_it(tmp_path: Path, limits: dict[str, Any], code: str) -> None:
+    """One that is silent, or runs for too long, fails with that code, and no process is left."""
+    async with World(tmp_path, a_child("stubborn"), limits=Limits(**limits)) as world:
+        job = await world.until(await world.start("stubborn"), *states.FINAL)
+        assert (job.state, job.error and job.error["code"]) == (FAILED, code)
+        assert not workers()
+
+
+async def test_a_pause_stops_the_clock_of_a_child(tmp_path: Path) -> None:
+    """A stopped child is not silent, and does not run."""
+    limits = Limits(run_timeouts_s={"steps": 60.0}, stall_timeouts_s={"steps": 30.0})
+    async with World(tmp_path, a_child("steps"), limits=limits) as world:
+        job_id = await world.start("steps", {"steps": 300, "pause_s": 0.002})
+        await world.until(job_id, RUNNING)
+        await further(world, job_id)
+        await world.tell(job_id, "pause")
+        await world.until(job_id, PAUSED)
+        clock = world.runners._live[job_id]._clock
+        assert clock is not None
+        ran_s = clock.ran_s
+        await asyncio.sleep(0.1)
+        assert clock.ran_s == ran_s > 0
+        await world.tell(job_id, "resume")
+        await world.until(job_id, RUNNING)
+        await eventually(lambda: clock.ran_s > ran_s, "it goes on")
+        assert (await world.until(job_id, *states.FINAL)).state == SUCCEEDED
 
 
 async def test_a_cancel_unwinds_it(tmp_path: Path) -> None:

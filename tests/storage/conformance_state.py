@@ -754,6 +754,20 @@ class Chaining:
         assert await state.parents("c") == {"p1": "cancelled", "p2": None}
         assert await state.overdue("", 9) == ["c"]
 
+    async def test_a_state_knows_whether_anybody_waits(self, url: str) -> None:
+        """So that who does not is asked for nothing; also after a restart."""
+        state = open_state(url, "interval")
+        await state.open()
+        await start_all(state, [a_job("p"), a_job("q", after=("p",))])
+        assert not state.chained()
+        await start(state, a_job("c", state="scheduled", after=("p",), blocked=True))
+        assert state.chained()
+        await state.close()
+        state = open_state(url, "interval")
+        await state.open()
+        assert state.chained()
+        await state.close()
+
     async def test_followers_come_in_pages(self, state: State) -> None:
         """All blocked jobs that wait for one, by id."""
         await start_all(state, [a_job("p"), a_job("q")])
