@@ -237,6 +237,25 @@ def test_a_full_queue_is_a_429(serve: Serve) -> None:
         server.post(f"/v1/jobs/{job['id']}/cancel")
 
 
+def test_what_follows_an_upload_survives_kill_9(serve: Serve) -> None:
+    """Killed while the upload is under way, and again right after its last byte."""
+    server = serve()
+    tus = Tus(server, "c")
+    told = metadata(filename="a.csv", then=json.dumps(THEN))
+    path = tus.new(len(DATA), Upload_Metadata=told)
+    tus.patch(path, 0, DATA[:100])
+    server.kill()
+    server.start()
+    child = server.jobs("?kind=checksum")[0]
+    assert (child["state"], child["waiting"]["why"]) == ("scheduled", "after")
+    offset = int(tus.ask("HEAD", path).headers["Upload-Offset"])
+    assert tus.patch(path, offset, DATA[offset:]).status == 204
+    server.kill()
+    server.start()
+    assert ended(server, child["id"])["result"]["data"]["digests"]["sha256"] == SHA
+    assert len(server.jobs("")) == 2
+
+
 def have_succeeded(server: Server, n: int) -> bool:
     """Whether so many jobs have."""
     return len(server.jobs("?state=succeeded&limit=500")) >= n
