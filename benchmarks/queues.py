@@ -4,14 +4,16 @@ Claim: submitted by ``manager.start``, at least 6 x the best of arq, SAQ and RQ.
 process, with the lane, rows in SQLite (synchronous=FULL) and all events in the log. A peer's jobs
 are submitted by its own client and run by one worker, each a process of its own, over a Redis that
 syncs its log before it answers (appendfsync always). All is kept on the disk of the checkout, for
-in memory no sync costs anything. 100 jobs run at once, here and there; the peers have hiredis and,
-where they can use it, uvloop.
+in memory no sync costs anything. Each queue has what suits it best: the peers 100 jobs at once,
+hiredis and, where they can use it, uvloop. The second row is the whole service: lists of 1,000 by
+``POST /v1/jobs`` on one connection.
 """
 
 from __future__ import annotations
 
 import asyncio
 import fcntl
+import json
 import socket
 import subprocess
 import sys
@@ -22,16 +24,19 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.common import ROOT, ROUNDS, Report, at_least, main, place
+from benchmarks.common import ROOT, ROUNDS, Report, Sluice, at_least, main, place
 from benchmarks.domain import Nothing, a_kind, domain
 from jobs.manager import Limits
+from jobs.states import SUCCEEDED
 
 _DISK = ROOT / "test-output"
 _PEERS = {"arq": 1500, "SAQ": 4000, "RQ": 300}  # jobs in a round: one or two seconds
-_START = "Sluice, manager.start"
+_START, _POST = "Sluice, manager.start", "Sluice, POST /v1/jobs"
 _OURS = 8000
-_WIDTH = 100  # jobs at once
-_STARTING = 500  # callers of manager.start at once
+_SLOTS = 500
+_STARTING = 250  # callers of manager.start at once
+_LIST = 1000  # starts in a request
+_WIDTH = 100  # jobs of a peer at once
 _FIRST = 200  # jobs of a peer before those that count
 
 
@@ -124,7 +129,7 @@ async def nothing(_: Any, __: Nothing) -> None:
 
 
 async def _ours_per_s(folder: Path) -> float:
-    limits = Limits(slots=_WIDTH, max_queued=2 * _OURS)
+    limits = Limits(slots=_SLOTS, max_queued=2 * _OURS)
     async with domain(folder, limits, a_kind("nothing", nothing)) as ours:
         left = iter(range(_OURS))
 
@@ -138,16 +143,43 @@ async def _ours_per_s(folder: Path) -> float:
         return _OURS / (time.perf_counter() - begin)
 
 
+def _posted_per_s(ours: Sluice) -> float:
+    body = json.dumps([{"kind": "count", "params": {"steps": 0}}] * _LIST)
+    before = _succeeded(ours)
+    connection = ours.connection()
+    begin = time.perf_counter()
+    for _ in range(_OURS // _LIST):
+        connection.request("POST", "/v1/jobs", body, {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        answer.read()
+        if answer.status != 201:
+            raise RuntimeError(f"POST {answer.status}")
+    while _succeeded(ours) < before + _OURS:
+        time.sleep(0.01)
+    taken = time.perf_counter() - begin
+    connection.close()
+    return _OURS / taken
+
+
+def _succeeded(ours: Sluice) -> int:
+    return int(ours.call("GET", "/v1/jobs?limit=1")[1]["counts"].get(SUCCEEDED, 0))
+
+
 def measure() -> Report:
     """All in turn."""
     python = peers()
-    found: dict[str, list[float]] = {name: [] for name in (_START, *_PEERS)}
+    found: dict[str, list[float]] = {name: [] for name in (_START, _POST, *_PEERS)}
     ratios: list[float] = []
-    with place(_DISK) as folder, redis(folder / "redis") as at:
+    quiet = ("--slots", str(_SLOTS), "--log-level", "error")
+    with (
+        place(_DISK) as folder,
+        redis(folder / "redis") as at,
+        Sluice(folder, *quiet) as service,
+    ):
         for turn in range(ROUNDS + 1):
             here = folder / f"ours-{turn}"
             here.mkdir()
-            now = {_START: asyncio.run(_ours_per_s(here))}
+            now = {_START: asyncio.run(_ours_per_s(here)), _POST: _posted_per_s(service)}
             now |= {name: peer_per_s(python, at, name, n) for name, n in _PEERS.items()}
             if turn:
                 for name, value in now.items():

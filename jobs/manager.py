@@ -33,6 +33,7 @@ from storage import (
     Boot,
     By,
     Commit,
+    Creation,
     Event,
     Fenced,
     File,
@@ -110,6 +111,16 @@ class _Finish(NamedTuple):
     files: Sequence[File]
     facts: dict[str, Any]
     told: asyncio.Future[Job | None]
+
+
+class _Start(NamedTuple):
+    """A job that is asked for while a slot is free and nobody waits."""
+
+    job: Job
+    by: By
+    live_name: str | None
+    key: Key | None
+    told: asyncio.Future[tuple[Job, bool]]
 
 
 class _Step(NamedTuple):
@@ -235,6 +246,8 @@ class Manager:
         self._waits: set[asyncio.Future[Job | None]] = set()
         self._news: dict[str, set[News]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._starting: list[_Start] = []
+        self._starters: set[asyncio.Task[None]] = set()
         self._finishing: list[_Finish] = []
         self._claiming: asyncio.Task[None] | None = None
         self._claim_again = False
@@ -294,10 +307,13 @@ class Manager:
         )
         if after:
             job = await self._behind(job, after, on)
+        held = name if live_name else None
+        if self._has_room(job):
+            return await self._start_now(job, by, held, key)
         self._reserve(owner)
         created = False
         try:
-            job, created = await self._create(job, by, name if live_name else None, key)
+            job, created = await self._create(job, by, held, key)
         finally:
             if not created:
                 self._count(owner, -1)
@@ -305,6 +321,73 @@ class Manager:
             await self._look_after(job.id)
             job = await self._state.get(job.id) or job
         return job, created
+
+    def _has_room(self, job: Job) -> bool:
+        """Whether a new job need not queue: nobody is before it, and a slot is free for it."""
+        return (
+            self._open
+            and self._total_waiting == 0
+            and self._claiming is None
+            and len(self._slots) < self.limits.slots
+            and not job.blocked
+            and job.not_before is None
+            and not self._is_full(job)
+        )
+
+    def _start_now(
+        self, job: Job, by: By, live_name: str | None, key: Key | None
+    ) -> asyncio.Future[tuple[Job, bool]]:
+        """Make a job and give it a slot in one commit, with all others of this turn of the loop.
+
+        To be queued, leased and claimed would cost it three. It happens whether or not somebody
+        goes on waiting for it.
+        """
+        self._slots[job.id] = job
+        told: asyncio.Future[tuple[Job, bool]] = asyncio.get_running_loop().create_future()
+        if not self._starting:
+            self._starters.add(task := self.spawn(self._start_all()))
+            task.add_done_callback(self._starters.discard)
+        self._starting.append(_Start(job, by, live_name, key, told))
+        return told
+
+    async def _start_all(self) -> None:
+        starts, self._starting = self._starting, []
+        try:
+            creations = [self._creation(start) for start in starts]
+            results = await self._state.create_all(creations)
+        except Exception as error:
+            for start in starts:
+                self._started_not(start, error)
+            return
+        for start, creation, result in zip(starts, creations, results, strict=True):
+            if isinstance(result, BaseException):
+                self._started_not(start, result)
+                continue
+            made, created = result
+            if created:
+                self._remember(made)
+                running = msgspec.structs.replace(creation.claimed, h=made.h)
+                self._remember(running)
+                self._driver(running).start(running)
+            else:
+                self._slots.pop(start.job.id)
+                self._kick()
+            if not start.told.done():
+                start.told.set_result(result)
+
+    def _creation(self, start: _Start) -> Creation:
+        job, event = self._begun(start.job, start.by)
+        decision = states.decide(job, Input.CLAIM, self._facts())
+        assert decision is not None
+        claimed = msgspec.structs.replace(decision.job, fence=job.fence + 1)
+        claimed, claim = self._entry(job, claimed, decision.cause, "service")
+        return Creation(job, event, claimed, claim, start.live_name, start.key)
+
+    def _started_not(self, start: _Start, error: BaseException) -> None:
+        self._slots.pop(start.job.id)
+        self._kick()
+        if not start.told.done():
+            start.told.set_exception(error)
 
     async def _behind(self, job: Job, after: Sequence[str], on: str) -> Job:
         """The job, waiting for others unless all have ended as they must. Raises invalid-field."""
@@ -872,8 +955,9 @@ class Manager:
         drivers = set(self._drivers.values())
         try:
             async with asyncio.timeout(grace_s):
-                if self._claiming is not None:  # what it starts must be stopped, too
-                    await asyncio.wait([self._claiming])
+                # What they start must be stopped, too.
+                for starter in filter(None, (self._claiming, *self._starters)):
+                    await asyncio.wait([starter])
                 await asyncio.gather(*(driver.stop() for driver in drivers))
         except TimeoutError:
             log.warning("some jobs reached no checkpoint in %.0f s", grace_s)
@@ -1187,7 +1271,7 @@ class Manager:
         """Look for jobs that can start, now and not twice at once."""
         if self._claiming is not None:
             self._claim_again = True
-        elif self._open and len(self._slots) < self.limits.slots:
+        elif self._open and self._total_waiting and len(self._slots) < self.limits.slots:
             self._claiming = self.spawn(self._claim())
 
     async def _claim(self) -> None:

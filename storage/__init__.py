@@ -256,6 +256,17 @@ class Spent(Exception):
         self.used = used
 
 
+class Creation(NamedTuple):
+    """A new job that is claimed in the transaction that makes it: its second row and event."""
+
+    job: Job
+    event: Event
+    claimed: Job
+    claim: Event
+    live_name: str | None = None
+    key: Key | None = None
+
+
 class Commit(NamedTuple):
     """What one call of ``commit`` is given."""
 
@@ -290,6 +301,12 @@ class Jobs(Protocol):
         that is made with the first or not at all. A job that is ``blocked`` waits for ``after``;
         raises invalid-field if one of these is not there.
         """
+        ...
+
+    async def create_all(
+        self, creations: Sequence[Creation]
+    ) -> list[tuple[Job, bool] | BaseException]:
+        """``create`` and claim each, by itself, with one wait for all; what ``create`` returns."""
         ...
 
     async def commit(

@@ -37,6 +37,7 @@ from storage import (
     UNSET,
     Boot,
     Commit,
+    Creation,
     Event,
     Fenced,
     File,
@@ -411,15 +412,8 @@ class SqliteState:
         """See the contract."""
 
         def change(con: sqlite3.Connection) -> tuple[Job, bool]:
-            if live_name is not None:
-                held = con.execute(
-                    f"SELECT {_COLUMNS} FROM jobs WHERE owner = ? AND live_name = ?",
-                    (job.owner, live_name),
-                ).fetchone()
-                if held is not None:
-                    found = _job(held)
-                    _spend(con, key, found.id, found.version)
-                    return found, False
+            if held := _held(con, job.owner, live_name, key):
+                return held, False
             _spend(con, key, job.id, job.version)
             made = self._insert(con, job, event, live_name)
             if follower is not None:
@@ -427,6 +421,22 @@ class SqliteState:
             return made, True
 
         return await self._write(change)  # type: ignore[no-any-return]
+
+    async def create_all(
+        self, creations: Sequence[Creation]
+    ) -> list[tuple[Job, bool] | BaseException]:
+        """See the contract. The row is written once, as it is in the end."""
+        writes = [self._write(partial(self._create_claimed, creation)) for creation in creations]
+        return list(await asyncio.gather(*writes, return_exceptions=True))
+
+    def _create_claimed(self, creation: Creation, con: sqlite3.Connection) -> tuple[Job, bool]:
+        job, event, claimed, claim, live_name, key = creation
+        if held := _held(con, job.owner, live_name, key):
+            return held, False
+        _spend(con, key, job.id, job.version)
+        made = self._insert(con, claimed, event, live_name)
+        self._log_event(con, claim, made)
+        return msgspec.structs.replace(job, h=made.h, incarnation=made.incarnation), True
 
     def _insert(
         self, con: sqlite3.Connection, job: Job, event: Event, live_name: str | None
@@ -541,7 +551,7 @@ class SqliteState:
             self._count(job, job.state, 1)
         if job.after and not job.blocked and self._any_waits:
             con.execute("DELETE FROM waits WHERE child = ?", (job.id,))
-        return self._log_event(con, event, job)
+        return self._log_event(con, event)
 
     async def save(
         self,
@@ -815,7 +825,7 @@ class SqliteState:
                 (job_id,),
             )
             con.execute("DELETE FROM lines WHERE job = ?", (job_id,))
-            return self._log_event(con, event, None)
+            return self._log_event(con, event)
 
         return await self._write(change)  # type: ignore[no-any-return]
 
@@ -884,10 +894,10 @@ class SqliteState:
 
     # Events
 
-    def _log_event(self, con: sqlite3.Connection, event: Event, job: Job | None) -> int:
+    def _log_event(self, con: sqlite3.Connection, event: Event, made: Job | None = None) -> int:
         row = bytes(event.row)
-        if job is not None and event.version == 1:  # its number was not known to the caller
-            row = row.replace(b'"h":0', b'"h":%d' % job.h, 1)
+        if made is not None:  # its number was not known to the caller
+            row = row.replace(b'"h":0', b'"h":%d' % made.h, 1)
         return con.execute(  # type: ignore[return-value]
             "INSERT INTO events (job, version, kind, owner, at, from_, to_, cause, actor, row)"
             " VALUES (?,?,?,?,?,?,?,?,?,?)",
@@ -1107,6 +1117,22 @@ def _job(row: Sequence[Any]) -> Job:
 
 def _select(con: sqlite3.Connection, job_id: str) -> Sequence[Any]:
     return con.execute(f"SELECT {_COLUMNS} FROM jobs WHERE id = ?", (job_id,)).fetchone()  # type: ignore[no-any-return]
+
+
+def _held(
+    con: sqlite3.Connection, owner: str, live_name: str | None, key: Key | None
+) -> Job | None:
+    """The live job that holds a live name already; it is then what the key stands for."""
+    if live_name is None:
+        return None
+    row = con.execute(
+        f"SELECT {_COLUMNS} FROM jobs WHERE owner = ? AND live_name = ?", (owner, live_name)
+    ).fetchone()
+    if row is None:
+        return None
+    held = _job(row)
+    _spend(con, key, held.id, held.version)
+    return held
 
 
 def _owned(owner: str | None) -> tuple[str, list[Any]]:

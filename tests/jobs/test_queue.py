@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from errors import SluiceError
@@ -349,3 +350,85 @@ async def test_a_job_reads_what_another_one_makes(tmp_path: Path) -> None:
         world.manager.kinds._kinds["reads"] = a_kind("reads", reads)
         await world.until(await world.start("reads", after=[maker, empty]), "succeeded")
         assert found == {maker: b"hello", empty: b"file-unknown", GONE: b"file-unknown"}
+
+
+# ---- Starts that need not wait ----
+
+
+async def test_a_start_that_finds_a_slot_has_the_same_history(tmp_path: Path) -> None:
+    """It is told as queued, then claimed by the service, whether or not it has waited."""
+    gate = Gate()
+    async with World(tmp_path, a_kind("gate", gate.run), limits=Limits(slots=1)) as world:
+        first, second = await world.start("gate"), await world.start("gate")
+        gate.open = True
+        for job_id in (first, second):
+            job = await world.until(job_id, "succeeded")
+            assert (job.version, job.fence, job.attempt) == (3, 1, 1)
+            told = [
+                (event.version, event.from_, event.to, event.cause, event.actor)
+                for event in await world.history(job_id)
+            ]
+            assert told == [
+                (1, None, "queued", "created", OWNER),
+                (2, "queued", "running", "claimed", "service"),
+                (3, "running", "succeeded", "done", "service"),
+            ]
+            rows = [msgspec.json.decode(event.row) for event in await world.history(job_id)]
+            assert [(row["h"], row["version"]) for row in rows] == [(job.h, n) for n in (1, 2, 3)]
+
+
+async def test_starts_of_one_turn_take_no_more_slots_than_there_are(tmp_path: Path) -> None:
+    """Some start now and the others queue, in their order; none is lost, and no slot is kept."""
+    gate = Gate()
+    async with World(tmp_path, a_kind("gate", gate.run), limits=Limits(slots=3)) as world:
+        jobs = await asyncio.gather(*(world.start("gate") for _ in range(10)))
+        await eventually(lambda: gate.most[""] == 3, "three run")
+        running = [(await world.job(job_id)).state == "running" for job_id in jobs]
+        assert running == [True] * 3 + [False] * 7
+        gate.open = True
+        for job_id in jobs:
+            await world.until(job_id, "succeeded")
+        assert gate.most[""] == 3
+        await eventually(lambda: world.manager.running == 0, "all slots are free")
+
+
+async def test_a_start_whose_caller_has_gone_runs(tmp_path: Path) -> None:
+    """It was asked for: it is made, runs, ends and frees its slot."""
+    async with World(tmp_path, a_kind("once", once)) as world:
+        caller = asyncio.create_task(world.start("once"))
+        await asyncio.sleep(0)
+        caller.cancel()
+        await asyncio.wait([caller])
+        await eventually(lambda: world.state._seq == 3, "it has ended")
+        assert (await world.state.counts(None)) == {"succeeded": 1}
+        assert world.manager.running == 0
+
+
+async def test_a_start_under_a_name_that_is_held_takes_no_slot(tmp_path: Path) -> None:
+    """Of two starts in one turn under a unique name one is made, and both are told of it."""
+    gate = Gate()
+    async with World(tmp_path, a_kind("gate", gate.run)) as world:
+        more: dict[str, Any] = {"name": "only", "live_name": True}
+        one, other = await asyncio.gather(*(world.start("gate", **more) for _ in range(2)))
+        assert one == other
+        assert world.manager.running == 1
+        gate.open = True
+        await world.until(one, "succeeded")
+        assert world.manager.running == 0
+
+
+async def test_a_start_that_can_not_be_stored_keeps_no_slot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the disk is full a start is refused; afterwards there are as many slots as before."""
+    async with World(tmp_path, a_kind("once", once), limits=Limits(slots=1)) as world:
+        with monkeypatch.context() as patch:
+
+            def refuse(*_: Any, **__: Any) -> Any:
+                raise SluiceError("disk-full")
+
+            patch.setattr(world.state, "_write", refuse)
+            with pytest.raises(SluiceError, match="disk-full"):
+                await world.start("once")
+        assert world.manager.running == 0
+        await world.until(await world.start("once"), "succeeded")

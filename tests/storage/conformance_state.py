@@ -31,6 +31,8 @@ from storage import (
     UNSET,
     Artifact,
     By,
+    Commit,
+    Creation,
     Fenced,
     File,
     Filter,
@@ -1774,6 +1776,70 @@ class Grouping:
         await asyncio.wait(tasks)
         await start(state, a_job("last"))
         assert await state.counts(None) == {"queued": 6}
+
+
+class Together:
+    """Many creations or commits with one wait."""
+
+    async def test_each_commit_is_by_itself(self, state: State) -> None:
+        """One that is stale, fenced or spent changes nothing, and hinders no other."""
+        jobs = await start_all(state, [a_job(f"j{i}") for i in range(5)])
+        await state.spend(KEY, "j9", 9)
+        after = [moved(job, "running") for job in jobs]
+        commits = [
+            Commit(new, its_event(new, job), job.version)
+            for job, new in zip(jobs, after, strict=True)
+        ]
+        commits[1] = commits[1]._replace(was_version=7)
+        commits[2] = commits[2]._replace(fence=3)
+        commits[3] = commits[3]._replace(key=KEY)
+        done = await state.commit_all(commits)
+        assert [type(result) for result in done] == [int, Stale, Fenced, Spent, int]
+        assert [seq for seq, *_ in await log_of(state)][5:] == [done[0], done[4]]
+        for job, new, result in zip(jobs, after, done, strict=True):
+            assert await the(state, job.id) == (new if isinstance(result, int) else job)
+        assert await state.counts(None) == {"queued": 3, "running": 2}
+        assert await state.commit_all([]) == []
+
+    async def test_a_claimed_creation_is_both(self, state: State) -> None:
+        """The row is the claimed one, the log has both events with the job's number."""
+        job = a_job()
+        claimed = moved(job, "running", fence=1)
+        creation = Creation(job, its_event(job), claimed, its_event(claimed, job))
+        [result] = await state.create_all([creation])
+        assert isinstance(result, tuple)
+        made, created = result
+        assert created
+        assert made == msgspec.structs.replace(job, h=made.h, incarnation=made.incarnation)
+        assert made.h > 0
+        now = await the(state)
+        assert now == msgspec.structs.replace(claimed, h=made.h, incarnation=made.incarnation)
+        events = await state.events(0, 10)
+        assert [(event.version, event.from_, event.to) for event in events] == [
+            (1, None, "queued"),
+            (2, "queued", "running"),
+        ]
+        assert [msgspec.json.decode(event.row)["h"] for event in events] == [made.h] * 2
+        assert await state.counts(None) == {"running": 1}
+        assert await state.claim(["count"], 1) == []
+        await move(state, now, "succeeded", fence=1)
+
+    async def test_each_creation_is_by_itself(self, state: State) -> None:
+        """A held live name gives its holder, a spent key is refused; others are made."""
+        held = await start(state, a_job("j0"), live_name="only")
+        await state.spend(KEY, "j9", 9)
+        jobs = [a_job(f"j{i}") for i in range(1, 5)]
+        creations = [
+            Creation(job, its_event(job), new, its_event(new, job))
+            for job, new in ((job, moved(job, "running")) for job in jobs)
+        ]
+        creations[1] = creations[1]._replace(live_name="only")
+        creations[2] = creations[2]._replace(key=KEY)
+        done = await state.create_all(creations)
+        assert done[1] == (held, False)
+        assert isinstance(done[2], Spent)
+        assert [await state.get(f"j{i}") is not None for i in range(5)] == [1, 1, 0, 0, 1]
+        assert await state.counts(None) == {"queued": 1, "running": 2}
 
 
 class Restarting:

@@ -85,6 +85,10 @@ class TestGrouping(suite.Grouping):
     """Over every backend."""
 
 
+class TestTogether(suite.Together):
+    """Over every backend."""
+
+
 class TestRestarting(suite.Restarting):
     """Over every backend."""
 
