@@ -156,6 +156,15 @@ def test_proxies_are_addresses_or_networks() -> None:
     )
 
 
+def test_places_are_networks_or_names() -> None:
+    """What has the form of an address is one; the rest are host names, and nothing else."""
+    found = load(["--fetch-allow", "10.0.0.0/8,[::1],Wiki.internal", "--fetch-allow=::1"], {})
+    assert found.fetch_allow == ("10.0.0.0/8", "::1", "wiki.internal", "::1/128")
+    for wrong in ("10.0.0.1/8", "http://a.example", "a.example:80"):
+        with pytest.raises(ConfigError, match="fetch-allow"):
+            load(["--fetch-allow", wrong], {})
+
+
 def test_kinds_are_files_and_folders_that_exist(tmp_path: Path) -> None:
     """Paths add up within one source, without duplicates; one that is missing stops the start."""
     (tmp_path / "words.py").touch()

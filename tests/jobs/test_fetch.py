@@ -11,7 +11,9 @@ import random
 import ssl
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,11 +23,12 @@ import pytest
 
 from errors import SluiceError
 from jobs.children import Children
+from jobs.harness import check
 from jobs.kinds import Kind, _http, fetch, kind_of
 from jobs.resolve import Resolver, is_public
 from storage import Job
 from tests.conftest import Serve, need
-from tests.harness import Server
+from tests.harness import FULL, Server
 from tests.harness import eventually as wait
 from tests.jobs.disturb import How, Trap, disturbed, error_of, nothing_new
 from tests.jobs.site import Answer, Request, Site, cut_after, whole
@@ -795,6 +798,31 @@ class TestPauses:
                 await asyncio.sleep(0)
             assert result(world, job) == OTHER
             assert len(blobs) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranges", [True, False])
+def test_the_harness_finds_no_difference(ranges: bool) -> None:
+    """Disturbed in each way at points all over it, also where it must begin anew each time."""
+    started: Future[int] = Future()
+    stop = threading.Event()
+
+    async def serve_until_stopped() -> None:
+        async with Site(whole(DATA, ranges=ranges)) as site:
+            started.set_result(site.port)
+            while not stop.is_set():
+                await asyncio.sleep(0.01)
+
+    site = threading.Thread(target=lambda: asyncio.run(serve_until_stopped()))
+    site.start()
+    try:
+        params = {"url": f"http://127.0.0.1:{started.result(10)}/file.bin"}
+        options = ("--fetch-allow", "127.0.0.1")
+        report = check("fetch", params, sample=0 if FULL else 3, options=options)
+        assert report.points["checkpoint"] >= 3
+    finally:
+        stop.set()
+        site.join()
 
 
 @pytest.mark.chaos

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import zstandard
 
 from jobs.harness import Report, check
 from jobs.trial import MODES
@@ -350,6 +351,11 @@ def noise(size_bytes: int) -> bytes:
     return random.Random(size_bytes).randbytes(size_bytes)
 
 
+def frames(data: bytes, count: int) -> bytes:
+    """The same text so many times, each as a frame of Zstandard."""
+    return zstandard.compress(data) * count
+
+
 class Case(NamedTuple):
     """A run of a kind whose points are tried."""
 
@@ -391,8 +397,10 @@ def cases() -> dict[str, Case]:
         "compress-gzip": Case("compress", {"file": "a.csv", "level": 1}, text),
         "compress-zstd": Case("compress", {"file": "big.bin", "format": "zstd"}, big),
         "decompress-gzip": Case("decompress", {"file": "a.csv.gz"}, packed),
-        # What a file has no digest for gets one, which is there when a crash repeats the work.
-        "scrub": Case("scrub", {}, big | csv, ignore=("without_digest",)),
+        "decompress-zstd": Case(
+            "decompress", {"file": "big.zst"}, {"big.zst": frames(noise(400_000), 4)}
+        ),
+        "scrub": Case("scrub", {}, big | csv),
         "scrub-digests": Case("scrub", {}, big | csv, options=("--digest", "always")),
         "exec-sort": Case("exec.sort", {"file": "a.csv"}, text, 1, used, PROGRAMS_HERE),
         "exec-sha256sum": Case("exec.sha256sum", {"file": "big.bin"}, big, 1, used, PROGRAMS_HERE),
