@@ -147,7 +147,7 @@ class ByRow(msgspec.Struct, kw_only=True):
 class WaitingRow(msgspec.Struct, kw_only=True):
     """Why a job does not run yet."""
 
-    why: Literal["slot", "after", "time", "backoff"]
+    why: Literal["slot", "limit", "after", "time", "backoff"]
     position: int | None
 
 

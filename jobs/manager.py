@@ -936,15 +936,24 @@ class Manager:
     def open(self) -> None:
         """Take work, after ``recover``."""
         self._open = True
-        for name in self.kinds.names():
-            kind = self.kinds.get(name)
-            limit = self.limits.kind_limits.get(name, kind.limit if kind is not None else None)
-            if limit is not None:
-                self._limits_of[name] = limit
+        self._read_limits()
         self.spawn(self._tick())
         self.spawn(self._retain())
         self._watch_due()
         self._kick()
+
+    def _read_limits(self) -> None:
+        """Know the limits of the kinds; say which settings name none of them."""
+        names = self.kinds.names()
+        for name in names:
+            kind = self.kinds.get(name)
+            limit = self.limits.kind_limits.get(name, kind.limit if kind is not None else None)
+            if limit is not None:
+                self._limits_of[name] = limit
+        limits = self.limits
+        for told in (limits.kind_limits, limits.run_timeouts_s, limits.stall_timeouts_s):
+            if unknown := sorted(set(told).difference(names)):
+                log.warning("a limit is set for what is no kind here: %s", ", ".join(unknown))
 
     async def close(self, grace_s: float) -> None:
         """Bring every live job to a checkpoint, at most ``grace_s`` long, and stop."""

@@ -81,6 +81,16 @@ async def test_a_kind_has_a_limit_of_its_own(tmp_path: Path, by_setting: bool) -
         assert gate.most[""] == 2
 
 
+async def test_a_limit_of_no_kind_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A typo in a setting does not pass unnoticed."""
+    limits = Limits(kind_limits={"onec": 2}, run_timeouts_s={"once": 9, "nothing": 1})
+    async with World(tmp_path, a_kind("once", once), limits=limits):
+        assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [
+            "a limit is set for what is no kind here: onec",
+            "a limit is set for what is no kind here: nothing",
+        ]
+
+
 async def test_a_paused_job_leaves_its_place_of_the_kind(tmp_path: Path) -> None:
     """What is paused does not count, and comes back when there is room."""
     gate = Gate()
