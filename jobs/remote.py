@@ -184,18 +184,22 @@ class Worker(Program):
         self._let_go()
 
     async def end(self, grace_s: float) -> None:
-        """Let it unwind, then end it."""
+        """Let it unwind, then end it; at once when this is cancelled, for the grace is over."""
+        left_s = 0.0
         try:
             if grace_s > 0 and not self._child.exited.done():
                 self._wire.send({"want": "cancel"})
                 super().go()
                 await self._listen_on(grace_s / 2, self._child.exited.done)
-            await super().end(grace_s / 2)
+                left_s = grace_s / 2
         finally:
-            for reader in self._readers.values():
-                await reader.close()
-            self._readers.clear()
-            self._wire.close()
+            try:
+                await super().end(left_s)
+            finally:
+                for reader in self._readers.values():
+                    await reader.close()
+                self._readers.clear()
+                self._wire.close()
 
 
 async def run_in_child(process: Process, kind: Kind, params: Any) -> dict[str, Any] | None:

@@ -797,9 +797,17 @@ class Process:
         finally:
             if self._clock is not None:
                 self._clock.hold()
-            for program in self._programs:
+            await self._end_programs(grace_s)
+
+    async def _end_programs(self, grace_s: float) -> None:
+        """End all of them; at once when this is cancelled, for by then the grace is over."""
+        while self._programs:
+            program = self._programs.pop()
+            try:
                 await program.end(grace_s)
-            self._programs.clear()
+            except BaseException:
+                await self._end_programs(0)
+                raise
 
     @types.coroutine
     def _stepped(self, work: Coroutine[Any, Any, Any]) -> Generator[Any, Any, Any]:

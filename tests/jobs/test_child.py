@@ -161,6 +161,20 @@ async def test_a_stubborn_one_is_killed(tmp_path: Path) -> None:
         assert not workers()
 
 
+async def test_force_kills_one_that_is_told_to_unwind(tmp_path: Path) -> None:
+    """Who loses patience while a child may still unwind has it killed, and nothing is left."""
+    async with World(tmp_path, a_child("stubborn"), child_grace_s=60) as world:
+        job_id = await world.start("stubborn")
+        await eventually(lambda: len(workers()) == 2, "it runs, with what it has started")
+        process = world.runners._live[job_id]
+        await world.tell(job_id, "cancel")
+        await eventually(lambda: not process._programs, "it is told to unwind")
+        await world.tell(job_id, "cancel", force=True)
+        await world.until(job_id, CANCELLED)
+        await eventually(lambda: not len(world.children), "no child is left")
+        assert not workers()
+
+
 async def test_its_death_fails_the_job(tmp_path: Path) -> None:
     """A child that is killed by somebody fails its job, with the signal's name."""
     async with World(tmp_path, a_child("steps")) as world:
