@@ -28,6 +28,7 @@ NAMES = (
         "control",
         "running",
         "memory",
+        "csv_import",
         "jobs",
         "queues",
         "checkpoint",

@@ -2,10 +2,10 @@
 
 Strategy. As in _records.py a block is 64 KiB from a byte offset, cut behind its last whole row, so
 that blocks lie where the file alone puts them; but a wrong row is told and passed over, not fatal.
-In the usual block without a quote a row ends where a line ends, and one ``split`` makes all cells;
-the others are the csv module's. Cells stay in one flat list; a column is a stride of it, which is
-converted as a whole by one C call where all its cells are good. Only where that raises are they
-looked at one by one.
+In the usual block, in which quotes stand around whole cells if at all, a row ends where a line
+ends, and one ``split`` makes all cells; the others are the csv module's. Cells stay in one flat
+list; a column is a stride of it, which is converted as a whole by one call of C where all its cells
+are good. Only where that raises are they looked at one by one.
 
 What is wrong has a row's number, counted from 1 without the header and empty lines. A row that the
 csv module can't read, or whose quote is not closed within 1 MiB, counts as its first line, so that
@@ -23,6 +23,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from datetime import date, datetime
+from functools import cached_property
 from itertools import chain, islice
 from math import inf
 from typing import Annotated, Any, Literal, NamedTuple
@@ -244,12 +245,13 @@ class CsvFile:
     ) -> tuple[list[list[str]], Sequence[int], list[Fault]]:
         """Good rows with their numbers, and what is wrong about the others."""
         width = self.width
+        clean = not records.failed and not records.odd
+        if clean and set(map(len, records.rows)) == {width}:  # type: ignore[arg-type]
+            some: Any = records.rows
+            return some, range(row + 1, row + 1 + len(some)), []
         rows = [r for r in records.rows if r != []] if width > 1 else records.rows
         if width == 1:
             rows = [[""] if r == [] else r for r in rows]
-        clean = not records.failed and not records.odd
-        if clean and all(len(r) == width for r in rows if r is not None):
-            return rows, range(row + 1, row + 1 + len(rows)), []  # type: ignore[return-value]
         good: list[list[str]] = []
         numbers: list[int] = []
         faults: list[Fault] = []
@@ -272,8 +274,8 @@ class CsvFile:
 
 
 def split_plain(data: bytes, delimiter: str, width: int) -> list[str] | None:
-    """The cells of lines in which nothing is quoted, if each has that many; else None."""
-    if b'"' in data or b"\0" in data:
+    """The cells of lines in which quotes mean nothing, if each has that many; else None."""
+    if b"\0" in data:
         return None
     if b"\r" in data:
         data = data.replace(b"\r\n", b"\n")
@@ -285,6 +287,11 @@ def split_plain(data: bytes, delimiter: str, width: int) -> list[str] | None:
         return None
     if not text.endswith("\n"):
         text += "\n"
+    if '"' in text:
+        bare = _without_quotes(text, delimiter)
+        if bare is None:
+            return None
+        text = bare
     cells = text.replace("\n", f"{delimiter}\n{delimiter}").split(delimiter)
     cells.pop()
     lines, left = divmod(len(cells), width + 1)
@@ -293,6 +300,19 @@ def split_plain(data: bytes, delimiter: str, width: int) -> list[str] | None:
         return None
     del cells[width :: width + 1]
     return cells
+
+
+def _without_quotes(text: str, delimiter: str) -> str | None:
+    """A text without its quotes, if all stand around whole cells that need none; else None."""
+    parts = text.split('"')
+    inside = "\0".join(parts[1::2])
+    if len(parts) % 2 == 0 or delimiter in inside or "\n" in inside:
+        return None
+    cells = len(parts) // 2
+    outside = "\0".join(parts[::2])  # now a NUL stands for each quoted cell
+    begun = outside.count(f"{delimiter}\0") + outside.count("\n\0") + outside.startswith("\0")
+    ended = outside.count(f"\0{delimiter}") + outside.count("\0\n")
+    return "".join(parts) if begun == ended == cells else None
 
 
 class _Records:
@@ -310,11 +330,16 @@ class _Records:
         except UnicodeDecodeError:
             text = data.decode(errors="surrogateescape")
             self.odd = True
-        self._lines = io.StringIO(text, newline="\n").readlines()  # LF alone ends a line
+        self._text = text
         self._line = self._take(only)
 
+    @cached_property
+    def _lines(self) -> list[str]:
+        return io.StringIO(self._text, newline="\n").readlines()
+
     def _parse(self, line: int) -> Any:
-        return csv.reader(self._lines[line:], delimiter=self._delimiter, strict=True)
+        lines = self._lines[line:] if line else io.StringIO(self._text, newline="\n")
+        return csv.reader(lines, delimiter=self._delimiter, strict=True)  # LF alone ends a line
 
     def _take(self, only: int | None) -> int:
         """Read all records, or the first few; how many lines they have."""
