@@ -1,6 +1,6 @@
 """A CSV file of a million rows made a table, against ``.import`` of the sqlite3 shell.
 
-Claims: ``csv.import`` makes at least half the rows a second, from the request to the job's end, of a
+Claims: ``csv.import`` makes at least half the rows a second, from request to end of the job, of a
 file without quotes and of one in which a text of each row is quoted. The peer makes a new database
 of the same file (``sqlite3 new.db ".import --csv file t"``): all columns are text there, nothing is
 checked, and it is one transaction. Ours tells and checks the types (an integer, a real, a date, a
