@@ -92,11 +92,13 @@ class Rollback(msgspec.Struct, frozen=True, kw_only=True):
     failed: int = 0
 
 
-class Job(msgspec.Struct, frozen=True, kw_only=True):
+class Job(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One row of the job table.
 
     ``commit`` writes all of it but ``cursor``, ``undo``, ``stored_bytes``, ``durable_bytes`` and
     ``saved_at``, which only ``save`` writes: they move without an event and without a new version.
+
+    What is as its default is left out of the stored row, so a default here never changes.
     """
 
     id: str
