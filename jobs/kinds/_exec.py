@@ -196,7 +196,8 @@ def _regex(entry: _Entry) -> re.Pattern[str] | None:
 
 def _field(name: str, given: _Given) -> Any:
     """A parameter as a field of the struct that checks it."""
-    about = Meta(description=given.title) if given.title else Meta()
+    title = given.title or ("a file's id or name" if given.type == "file" else "")
+    about = Meta(description=title) if title else Meta()
     low, high = given.min, given.max
     whole = Meta(ge=None if low is None else int(low), le=None if high is None else int(high))
     kinds: dict[str, Any] = {
