@@ -93,6 +93,7 @@ class Cursor(msgspec.Struct):
     media_type: str
     validator: str = ""  # for If-Range; without one nothing can go on
     total: int | None = None
+    wasted: int = 0  # bytes that were thrown away; progress counts them, as it never goes back
 
 
 class _StartOver(Exception):
@@ -165,7 +166,8 @@ class _Fetch:
 
     async def _start_over(self) -> None:
         """Forget what is stored so far."""
-        assert self._cursor is not None
+        assert self._cursor is not None and self._file is not None
+        self._cursor.wasted += self._file.offset
         self._ctx.log(f"{self._host} has another version now, or no parts of it: starting over")
         self._cursor.validator, self._cursor.total = "", None
         self._file = await self._open(self._cursor, fresh=True)
@@ -303,8 +305,8 @@ class _Fetch:
         saved = msgspec.to_builtins(cursor)
         await self._ctx.checkpoint(
             saved,
-            done=file.offset,
-            total=cursor.total,
+            done=cursor.wasted + file.offset,
+            total=None if cursor.total is None else cursor.wasted + cursor.total,
             phase="fetching",
             message=f"from {exchange.place.host}",
         )
@@ -320,7 +322,7 @@ class _Fetch:
             await self._hash(piece, file.offset)
             await file.write(piece)
             exchange.go()
-            await self._ctx.checkpoint(saved, done=file.offset)
+            await self._ctx.checkpoint(saved, done=cursor.wasted + file.offset)
         if cursor.total is not None and file.offset < cursor.total:
             raise Cut("the answer has ended early")
 
@@ -403,7 +405,8 @@ def _retry_after_s(headers: Mapping[str, str]) -> float | None:
 
 def _moved(exchange: Exchange) -> Place:
     """Where a redirect leads. Raises SluiceError."""
-    host, location = exchange.place.host, exchange.headers.get("Location", "")
+    host = exchange.place.host
+    location = _text(exchange, "Location").strip().replace(" ", "%20")
     try:
         place = place_of(location, exchange.place) if location else None
     except ValueError as error:
@@ -411,6 +414,15 @@ def _moved(exchange: Exchange) -> Place:
     if place is None or (place.scheme == "http" and exchange.place.scheme == "https"):
         raise SluiceError("fetch-refused", f"{host} redirects to nothing, or to plain http.")
     return place
+
+
+def _text(exchange: Exchange, name: str) -> str:
+    """A header in which some servers write UTF-8 as it is."""
+    text = exchange.headers.get(name, "")
+    try:
+        return text.encode("latin-1").decode()
+    except UnicodeError:
+        return text
 
 
 def _plain(text: str) -> str:
@@ -446,7 +458,7 @@ def _media_type(exchange: Exchange) -> str:
 def _name(exchange: Exchange, asked: Place) -> str:
     """The name that the server gives, else that of the URL."""
     message = Message()
-    message["Content-Disposition"] = exchange.headers.get("Content-Disposition", "")
+    message["Content-Disposition"] = _text(exchange, "Content-Disposition")
     given = message.get_filename()
     for raw in (given or "", asked.name, exchange.place.name):
         if name := plain_name(raw):

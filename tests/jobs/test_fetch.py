@@ -114,6 +114,7 @@ class TestAnswers:
             ("/a", 'attachment; filename="../../etc/passwd"', None, "passwd"),
             ("/a", 'attachment; filename="..\\\\x.txt"', None, "x.txt"),
             ("/a.bin", "attachment; filename", None, "a.bin"),
+            ("/a.bin", 'attachment; filename="Ä.txt"', None, "Ä.txt"),
             ("/a.bin", "attachment; filename=evil.exe", "mine.txt", "mine.txt"),
             ("/" + "n" * 300, None, None, "n" * 255),
         ],
@@ -122,7 +123,7 @@ class TestAnswers:
         self, tmp_path: Path, path: str, given: str | None, param: str | None, wanted: str
     ) -> None:
         """A label and never a path: of the parameter, the server, or the URL."""
-        more = {"Content_Disposition": given} if given else {}
+        more = {"Content_Disposition": given.encode().decode("latin-1")} if given else {}
         async with a_world(tmp_path) as world, Site(whole(b"abc", more)) as site:
             job = await ran(world, site.url(path), **({"name": param} if param else {}))
             assert job.artifacts[0].name == wanted
@@ -148,6 +149,48 @@ class TestAnswers:
                 job = await ran(world, site.url(path))
                 assert result(world, job) == DATA[:size]
                 assert job.progress.total == size
+
+    async def test_hints_before_the_answer(self, tmp_path: Path) -> None:
+        """A 103 is no answer, and what it says is not taken for one."""
+
+        async def answer(request: Request) -> None:
+            await request.head("103 Early Hints", ETag='"hint"', Link="</x>")
+            await whole(DATA)(request)
+
+        async with a_world(tmp_path) as world, Site(answer) as site:
+            job = await ran(world, site.url())
+            assert result(world, job) == DATA
+            assert job.result is not None
+            assert job.result.data["validator"] == '"one"'
+
+    @pytest.mark.parametrize(
+        ("location", "target"),
+        [
+            ("b", "/x/b"),
+            ("/b?q=1#part", "/b?q=1"),
+            ("?q", "/x/a?q"),
+            ("/two words", "/two%20words"),
+            ("/ü", "/%C3%BC"),
+            ("http://127.0.0.1:{port}/c", "/c"),
+            ("//127.0.0.1:{port}/d", "/d"),
+        ],
+    )
+    async def test_redirects(self, tmp_path: Path, location: str, target: str) -> None:
+        """A place in any form that servers use; the name stays that of the URL."""
+
+        async def answer(request: Request) -> None:
+            if request.target != "/x/a":
+                await whole(DATA)(request)
+                return
+            where = location.format(port=site.port).encode().decode("latin-1")
+            await request.head("301 Moved", Content_Length=5, Location=where)
+            await request.body(b"moved")
+
+        async with a_world(tmp_path) as world, Site(answer) as site:
+            job = await ran(world, site.url("/x/a"))
+            assert result(world, job) == DATA
+            assert [request.target for request in site.requests] == ["/x/a", target]
+            assert job.artifacts[0].name == "a"
 
     async def test_an_empty_file(self, tmp_path: Path) -> None:
         """Nothing is a file, too."""
@@ -303,7 +346,7 @@ class TestGoingOn:
             job = await ran(world, site.url())
             assert result(world, job) == OTHER
             assert "starting over" in await log_of(world, job)
-            assert job.progress.done == job.progress.total == len(OTHER)
+            assert job.progress.done == job.progress.total == 350_000 + len(OTHER)
 
     @pytest.mark.parametrize(
         "headers",
