@@ -15,8 +15,9 @@ import pytest
 import zstandard
 
 from jobs.harness import Report, check
+from jobs.kinds import Registry
 from jobs.trial import MODES
-from tests.harness import FULL, ROOT
+from tests.harness import FULL, ROOT, Server
 
 HEAD = """
 import asyncio, os, subprocess, tempfile
@@ -386,6 +387,8 @@ def cases() -> dict[str, Case]:
     csv, jsonl, big = {"a.csv": table()}, {"b.jsonl": records()}, {"big.bin": noise(2 << 20)}
     text, both = {"a.csv": table(30_000)}, {"a.csv": table(), "b.jsonl": records()}
     packed = {"a.csv.gz": gzip.compress(table(30_000))}
+    wrong = {"a.csv": table(12_000).replace(b"\n77", b"\nx77")}
+    typed = {"source": "a.csv", "types": {"n": "integer"}}
     used = ("cpu_s", "peak_bytes")  # of a program; chance
     return {
         "count": Case("count", {"steps": 12, "delay_s": 0.001, "undo_steps": 6}, {}),
@@ -402,6 +405,9 @@ def cases() -> dict[str, Case]:
         ),
         "scrub": Case("scrub", {}, big | csv),
         "scrub-digests": Case("scrub", {}, big | csv, options=("--digest", "always")),
+        "csv-validate": Case("csv.validate", typed, wrong),
+        "csv-import": Case("csv.import", {"source": "a.csv"}, {"a.csv": table(12_000)}),
+        "csv-import-skip": Case("csv.import", typed | {"on_error": "skip"}, wrong),
         "exec-sort": Case("exec.sort", {"file": "a.csv"}, text, 1, used, PROGRAMS_HERE),
         "exec-sha256sum": Case("exec.sha256sum", {"file": "big.bin"}, big, 1, used, PROGRAMS_HERE),
     }
@@ -409,7 +415,12 @@ def cases() -> dict[str, Case]:
 
 PROGRAMS_HERE = ("--programs", "{programs}")
 CASES = cases()
-IN_CHILDREN = ("compress", "decompress")  # their trials take long: a Python has to start
+IN_CHILDREN = (
+    "compress",
+    "decompress",
+    "csv.validate",
+    "csv.import",
+)  # their trials take long: a Python has to start
 
 
 @pytest.mark.slow
@@ -429,3 +440,24 @@ def test_our_kinds_go_on_wherever_they_are_disturbed(name: str, tmp_path: Path) 
     )
     assert report.points["checkpoint"] >= case.least
     assert report.missed == 0 or "wait" in report.points  # how many waits there are is chance
+
+
+@pytest.mark.slow
+def test_a_fetch_goes_on_wherever_it_is_disturbed(server: Server) -> None:
+    """A file that is fetched is whole, and a cancelled fetch leaves nothing."""
+    data = noise(3 << 20)
+    file = server.post("/upload?file_name=big.bin&is_complete=true", data).json
+    report = check(
+        "fetch",
+        {"url": f"{server.url}/v1/files/{file['id']}/content", "name": "copy.bin"},
+        sample=0 if FULL else 2,
+        options=["--fetch-allow", "127.0.0.1"],
+        ignore=["seconds"],
+    )
+    assert report.points["checkpoint"] >= 5
+
+
+def test_each_kind_is_tried() -> None:
+    """None of the kinds that come with the service is forgotten here."""
+    tried = {case.kind for case in CASES.values()} | {"fetch"}
+    assert set(Registry.load().names()) <= tried
