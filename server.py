@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import gc
 import http.client
 import json
 import logging
@@ -65,6 +66,7 @@ log = logging.getLogger("sluice")
 _HOUSEKEEPING_S = 60.0
 _CLOSING_S = 3.0  # of the grace at a stop, kept for what follows the checkpoints
 _OWNER = "local"
+_COLLECT = (5000, 5, 10)  # new objects before the youngest are looked at, and so on
 
 
 class CannotStart(Exception):
@@ -382,8 +384,19 @@ def run_check(config: Config, words: Sequence[str]) -> int:
     return 0 if report.ok else 1
 
 
+def collect_rarely() -> None:
+    """Let the collector of cycles look less often, and never at what is there for good.
+
+    A job is many small objects that all go when it ends, by their counts; to look at them again and
+    again meanwhile took a tenth of its time.
+    """
+    gc.freeze()
+    gc.set_threshold(*_COLLECT)
+
+
 def set_up(config: Config) -> None:
-    """Process-wide things: log, file descriptors."""
+    """Process-wide things: log, file descriptors, memory."""
+    collect_rarely()
     logging.basicConfig(
         level=config.log_level.upper(),
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",

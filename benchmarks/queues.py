@@ -28,6 +28,7 @@ from benchmarks.common import ROOT, ROUNDS, Report, Sluice, at_least, main, plac
 from benchmarks.domain import Nothing, a_kind, domain
 from jobs.manager import Limits
 from jobs.states import SUCCEEDED
+from server import collect_rarely
 
 _DISK = ROOT / "test-output"
 _PEERS = {"arq": 1500, "SAQ": 4000, "RQ": 300}  # jobs in a round: one or two seconds
@@ -167,6 +168,7 @@ def _succeeded(ours: Sluice) -> int:
 
 def measure() -> Report:
     """All in turn."""
+    collect_rarely()  # as the service does it
     python = peers()
     found: dict[str, list[float]] = {name: [] for name in (_START, _POST, *_PEERS)}
     ratios: list[float] = []

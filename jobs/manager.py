@@ -57,7 +57,7 @@ _TICK_S = 0.1  # how often progress is told
 _MARKS = 250  # of progress in a slice: some 2 ms
 _TICKS_A_SAVE = 10  # and how much rarer it is saved
 _RETENTION_S = 60.0
-_BATCH = 100  # transitions committed together at start-up
+_BATCH = 100  # transitions that are decided in one slice of the loop: some 3 ms
 _KEYS = 1000  # forgotten together
 _CONCLUDE_S = 2.0  # that a request waits for the commit of its outcome
 _AGAIN_S = 1.0  # before a report that could not be committed is tried again
@@ -345,13 +345,18 @@ class Manager:
         self._slots[job.id] = job
         told: asyncio.Future[tuple[Job, bool]] = asyncio.get_running_loop().create_future()
         if not self._starting:
-            self._starters.add(task := self.spawn(self._start_all()))
-            task.add_done_callback(self._starters.discard)
+            self._spawn_starter()
         self._starting.append(_Start(job, by, live_name, key, told))
         return told
 
+    def _spawn_starter(self) -> None:
+        self._starters.add(task := self.spawn(self._start_all()))
+        task.add_done_callback(self._starters.discard)
+
     async def _start_all(self) -> None:
-        starts, self._starting = self._starting, []
+        starts, self._starting = self._starting[:_BATCH], self._starting[_BATCH:]
+        if self._starting:
+            self._spawn_starter()
         try:
             creations = [self._creation(start) for start in starts]
             results = await self._state.create_all(creations)
@@ -800,7 +805,9 @@ class Manager:
         return told
 
     async def _finish_all(self) -> None:
-        reports, self._finishing = self._finishing, []
+        reports, self._finishing = self._finishing[:_BATCH], self._finishing[_BATCH:]
+        if self._finishing:
+            self.spawn(self._finish_all())
         known = []
         for report in reports:
             job = self._active.get(report.job_id)

@@ -15,6 +15,7 @@ import msgspec
 from storage import Event, File, Job, Progress
 
 
+@lru_cache(4096)  # a row has the same few times in it whenever its job moves
 def rfc3339(at: int | None) -> str | None:
     """A time in milliseconds since 1970 as ``2026-11-21T20:31:00.123Z``."""
     if at is None:
@@ -24,7 +25,7 @@ def rfc3339(at: int | None) -> str | None:
 
 @lru_cache(4096)
 def _second(at_s: int) -> str:
-    """A row has the same few times in it whenever its job moves."""
+    """Many jobs move in one second."""
     return f"{datetime.fromtimestamp(at_s, UTC):%Y-%m-%dT%H:%M:%S}"
 
 
