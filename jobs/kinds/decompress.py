@@ -31,6 +31,7 @@ PAUSE = "at once; after 30 s the frame (zstd) or member (gzip) it stood in is un
 
 _IN_BYTES = 64 << 10
 _OUT_BYTES = 256 << 10
+_WRITE_BYTES = 256 << 10  # a write of a process of its own waits for its answer
 _RATIO_FROM_BYTES = 16 << 20  # of output: below it no ratio does harm
 _GZIP_MAGIC = b"\x1f\x8b"
 _SUFFIXES = {".gz": "", ".gzip": "", ".tgz": ".tar", ".zst": "", ".zstd": "", ".tzst": ".tar"}
@@ -119,12 +120,17 @@ async def _unpack(
                 ctx.log(f"ignored what follows at byte {cursor.at:,}: it is no gzip")
             return info.bytes - cursor.at
         frame = _member(source) if cursor.format == "gzip" else zstd.frame(source)
+        made = bytearray()
         async with aclosing(frame) as pieces:
             async for piece in pieces:
-                _judge(params, file.offset + len(piece), source.at)
-                if piece:
-                    await file.write(piece)
+                made += piece
+                _judge(params, file.offset + len(made), source.at)
+                if len(made) >= _WRITE_BYTES:
+                    await file.write(bytes(made))
+                    made.clear()
                 await ctx.checkpoint(done=source.at)  # the cursor stays: a resume begins the frame
+        if made:
+            await file.write(bytes(made))
         cursor.at, cursor.frames = source.at, cursor.frames + 1
         await _save(ctx, cursor)
     return 0

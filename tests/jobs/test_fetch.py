@@ -301,7 +301,7 @@ class TestAnswers:
                 await asyncio.sleep(60)
 
         async with a_world(tmp_path) as world, Site(answer) as site:
-            job = await ran(world, site.url(), idle_s=0.2)
+            job = await ran(world, site.url(), idle_s=1)
             assert result(world, job) == DATA
             assert [request.start for request in site.requests] == [0, 100_000, 100_000]
 
@@ -615,7 +615,7 @@ class TestGuard:
             job_id = await world.start("fetch", {"url": "http://slow.example/"})
             await eventually(lambda: len(world.children) == 1, "it looks the name up")
             await world.tell(job_id, "cancel")
-            await world.until(job_id, "cancelled", within_s=2)
+            await world.until(job_id, "cancelled", within_s=5)
             await eventually(lambda: len(world.children) == 0, "its process has ended")
 
     @pytest.mark.parametrize(
@@ -769,11 +769,11 @@ class TestPauses:
                 job_id = await world.start("fetch", {"url": site.url(path)})
                 await eventually(partial(has_heard, site, n), "it asks")
                 await world.tell(job_id, "pause")
-                await world.until(job_id, "paused", within_s=0.5)
+                await world.until(job_id, "paused", within_s=3)
                 await world.tell(job_id, "resume")
                 await world.until(job_id, "running")
                 await world.tell(job_id, "cancel")
-                await world.until(job_id, "cancelled", within_s=0.5)
+                await world.until(job_id, "cancelled", within_s=3)
             await nothing_new(world, set())
 
     @pytest.mark.parametrize("how", ["warm", "cold", "kill", "cancel"])
