@@ -85,6 +85,7 @@ _UNDO_S = 60.0
 _NOTE_S = 0.25
 _MAX_UNDO = 10_000
 _AGAIN_S = 1.0  # before a cursor that could not be saved is tried again
+_EARLY_S = 0.1  # until the first save of one that was running at a crash
 _LATE_S = 10.0  # for a process that is over its time to end
 _LAST_S = 0.5  # for those that must be cancelled at a stop
 _LONG_S = 3600.0  # the longest single wait
@@ -1070,6 +1071,8 @@ class Runners:
         assert kind is not None
         process = self.process(self, job, kind)
         self._live[job.id] = process
+        if job.crashes:  # the next one must not find it where it was, if it gets on
+            asyncio.get_running_loop().call_later(_EARLY_S, self._save_early, process)
 
         def forget(task: asyncio.Task[None]) -> None:
             if self._live.get(job.id) is process:
@@ -1187,6 +1190,10 @@ class Runners:
             await process.save()
         except (Fenced, SluiceError) as error:
             log.warning("job %s: its cursor could not be saved: %s", process.job_id, error)
+
+    def _save_early(self, process: Process) -> None:
+        if not (process.task.done() or self.closed):
+            self.manager.spawn(self._try_save(process))
 
     async def stop(self) -> None:
         """See Driver."""

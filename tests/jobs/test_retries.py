@@ -222,6 +222,32 @@ def meter_at(world: World, job_id: str, done: int) -> bool:
     return process is not None and process.meter.done >= done
 
 
+async def test_who_gets_on_survives_any_number_of_crashes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the service lives too short for the save of each second."""
+    monkeypatch.setattr(jobs.runners, "_EARLY_S", 0.01)
+
+    async def run(ctx: Any, params: Any) -> None:
+        """Step by step."""
+        step = ctx.cursor or 0
+        while True:
+            step += 1
+            await ctx.checkpoint(step, done=step)
+            await ctx.sleep(0.001)
+
+    async with World(tmp_path, a_kind("gets-on", run)) as world:
+        job_id = await world.start("gets-on")
+        for _ in range(15):
+            await world.until(job_id, "running")
+            before = (await world.job(job_id)).progress.done
+            if (await world.job(job_id)).crashes:
+                while (await world.job(job_id)).progress.done <= before:
+                    await asyncio.sleep(0.002)
+            await world.restart()
+        assert (await world.until(job_id, "running")).attempt == 16
+
+
 async def test_crashes_long_ago_do_not_count(tmp_path: Path) -> None:
     """Five in a week are bad luck."""
     old = tuple(NOW - 600_000 - i for i in range(20))
