@@ -57,7 +57,7 @@ UNFINISHED = "unexpected end of data"  # what the csv module says of an open quo
 
 csv.field_size_limit(MAX_ROW_BYTES)
 
-Row = Any  # list[str] of CSV, dict[str, msgspec.Raw] of JSONL
+Row = Any  # list[str] of CSV, dict[str, msgspec.Raw] of JSONL, tuple of a table
 
 
 class Source(NamedTuple):
@@ -66,7 +66,7 @@ class Source(NamedTuple):
     id: str
     name: str
     bytes: int
-    format: Literal["csv", "jsonl"]
+    format: Literal["csv", "jsonl", "table"]
     delimiter: str
 
 
@@ -81,8 +81,12 @@ class Records(Protocol):
     """The rows of one source."""
 
     source: Source
-    names: list[str]  # of CSV: its header
+    names: list[str]  # of CSV: its header; of a table: its columns
     start: int  # the offset of the first row
+
+    def done(self, offset: int) -> int:
+        """How many bytes of the source lie before an offset."""
+        ...
 
     def batches(self, offset: int, row: int, most: int) -> AsyncGenerator[Batch, None]:
         """The rows from ``offset`` on, where ``row`` rows lie before; ``most`` in a batch."""
@@ -106,7 +110,15 @@ def stem_of(name: str) -> str:
 
 
 def source_of(info: FileInfo, format: str, delimiter: str | None) -> Source:
-    """How a file is read: as told, else by its name, else by its media type; or invalid-data."""
+    """How a file is read: a table as that, others as told, else by name, else by media type.
+
+    Raises invalid-data.
+    """
+    if info.layout == "table":
+        if format != "auto":
+            detail = f"{info.name!r} is a table; source_format must be auto."
+            raise SluiceError("invalid-data", detail, source=info.name)
+        return Source(info.id, info.name, info.bytes, "table", ",")
     by_name = [how for suffix, how in _SUFFIXES.items() if info.name.lower().endswith(suffix)]
     found = by_name[0] if by_name else _MEDIA_TYPES.get(info.media_type.partition(";")[0].strip())
     if format != "auto":
@@ -246,6 +258,10 @@ class _Csv:
         if fault:
             number = first + block.rows(self.names) + 1
             raise _invalid(self.source, number, offset + start, fault)
+
+    def done(self, offset: int) -> int:
+        """See Records."""
+        return offset
 
     def text(self, column: str) -> Callable[[Row], str | None]:
         """See _where.Cells."""
@@ -410,6 +426,10 @@ class _Jsonl:
         else:
             return
         raise _invalid(self.source, row, offset, what)
+
+    def done(self, offset: int) -> int:
+        """See Records."""
+        return offset
 
     def text(self, column: str) -> Callable[[Row], str | None]:
         """See _where.Cells."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Sequence
+from operator import itemgetter
 from typing import Any
 
 from jobs.kinds import Column, TableReader
@@ -32,6 +33,13 @@ class TableCells:
         if kind in ("integer", "real"):
             return lambda row: None if row[at] is None else repr(row[at])
         return lambda row: row[at]
+
+    def value(self, column: str) -> Callable[[Row], Any]:
+        """Of a row: the cell as it would be in JSON."""
+        at = self._at[column]
+        if self.columns[at].type == "boolean":
+            return lambda row: None if row[at] is None else bool(row[at])
+        return itemgetter(at)
 
     def truth(self, column: str) -> Callable[[Row], bool | None]:
         """Of a row: true, false, or None where the cell is neither."""

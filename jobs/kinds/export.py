@@ -1,34 +1,38 @@
-"""Rows of stored CSV and JSONL files, chosen and written anew as one file.
+"""Rows of stored CSV and JSONL files, and of tables, chosen and written anew as one file.
 
 Strategy. A first pass looks at every source: the header of CSV, and, where the columns are not
 given, the names in all of JSONL. The second goes through the rows block by block: read, judge,
 encode, write, checkpoint. The cursor is where the next block begins, with the counts so far, and
 for gzip what its end needs; the sources stand in it by id, so that a newer version of a name is
 never mixed in. As blocks and parts of gzip lie where the sources alone put them, the result has the
-same bytes however often the job was paused or killed.
+same bytes however often the job was paused or killed. A Parquet file can't be gone on with, as its
+end describes all of it: it is begun again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import aclosing
+import importlib
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
 from datetime import UTC, datetime
+from functools import partial
 from itertools import chain
 from typing import Annotated, Any, Literal
 
 import msgspec
 
 from errors import SluiceError
-from jobs.kinds import Context, FileReader
+from jobs.kinds import ArtifactWriter, Context, FileReader, TableReader
 from jobs.kinds._formats import MEDIA_TYPES, Sink, encoder, header, sink
 from jobs.kinds._names import check_name, with_suffix
 from jobs.kinds._records import Records, Row, Source, open_records, source_of, stem_of
+from jobs.kinds._tables import TableRecords
 from jobs.kinds._where import Judge, Test, columns_of, compile_test, count_of, parse
 
 KIND = "export"
-TITLE = "Chosen rows and columns of stored CSV or JSONL files"
+TITLE = "Chosen rows and columns of tables, and of stored CSV or JSONL files"
 UNIT = "bytes"
-PAUSE = "within 64 KiB; after 30 s, .gz formats repeat at most 16 MiB of the source, others nothing"
+PAUSE = "within 64 KiB; after 30 s .gz repeats at most 16 MiB of the source, parquet begins again"
 
 _MAX_COLUMNS = 1000
 _MAX_NAMES_BYTES = 20 << 10  # of the columns' names as JSON: they stand in the cursor
@@ -37,7 +41,7 @@ _BATCH_TESTS = 2000  # rows × tests in a batch
 _BATCH_BYTES = 32 << 10  # that names and commas may add to a batch
 _PIECE_BYTES = 128 << 10  # compressed at once
 
-Format = Literal["csv", "jsonl", "csv.gz", "jsonl.gz"]
+Format = Literal["csv", "jsonl", "csv.gz", "jsonl.gz", "parquet"]
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
 
 
@@ -138,6 +142,11 @@ def _too_many(columns: list[str]) -> bool:
     return len(msgspec.json.encode(columns)) > _MAX_NAMES_BYTES
 
 
+def runner(params: Params) -> str:
+    """Parquet is written by a library that computes long and has threads: in a child."""
+    return "child" if params.format == "parquet" else "lane"
+
+
 class Cursor(msgspec.Struct):
     """Where the export stands; saved with the length of its result."""
 
@@ -232,15 +241,11 @@ class _Export:
         found = dict.fromkeys(at.columns or [])
         for index in range(at.source if self._all else 0, len(self._sources)):
             source = self._sources[index]
-            reader = await self._reader(index)
-            try:
-                records = await open_records(source, reader)
+            async with self._opened(index) as records:
                 found.update(dict.fromkeys(records.names))
                 at.source = index
                 if self._passes(source) == 2:
                     await self._look_through(records, found)
-            finally:
-                await reader.close()
             self._keep(found, source)
             at.source, at.offset, at.row = index + 1, 0, 0
             await self._mark("looking for columns", self._start(index + 1))
@@ -298,17 +303,17 @@ class _Export:
         file = await self._ctx.artifact(
             self._name(), MEDIA_TYPES[params.format], expires_s=params.expires_s
         )
-        out = sink(file, params.format, at.gzip)
-        if file.offset == 0:
-            await out.write(header(columns, params.format))
+        out: Any
+        if params.format == "parquet":
+            out = await self._parquet(file, columns)
+        else:
+            out = sink(file, params.format, at.gzip)
+            if file.offset == 0:
+                await out.write(header(columns, params.format))
         for index in range(at.source, len(self._sources)):
-            reader = await self._reader(index)
-            try:
-                records = await open_records(self._sources[index], reader)
+            async with self._opened(index) as records:
                 at.source = index
                 await self._write_rows(records, columns, out)
-            finally:
-                await reader.close()
             at.offset, at.row = 0, 0
             at.source = index + 1
         if at.unseen:
@@ -324,12 +329,32 @@ class _Export:
             "format": params.format,
         }
 
-    async def _write_rows(self, records: Records, columns: list[str], out: Sink) -> None:
+    async def _parquet(self, file: ArtifactWriter, columns: list[str]) -> Any:
+        """What writes Parquet; its library is only loaded in a child.
+
+        Columns have the types that they have in the tables; where they differ, or if a source is
+        no table, they are texts.
+        """
+        types: dict[str, str] = {}
+        for index in range(len(self._sources)):
+            async with self._opened(index) as records:
+                if not isinstance(records, TableRecords):
+                    types = dict.fromkeys(columns, "text")
+                    break
+                for name, type in records.columns:
+                    types[name] = type if types.get(name, type) == type else "text"
+            await self._ctx.checkpoint()
+        module = importlib.import_module("jobs.kinds._parquet")
+        return module.Parquet(file, [(name, types.get(name, "text")) for name in columns])
+
+    async def _write_rows(self, records: Records, columns: list[str], out: Any) -> None:
         """The rows of one source, from the cursor on."""
         at = self._at
         start = self._start(at.source)
         choose = self._chooser(records)
-        encode = encoder(records, columns, self._params.format)
+        is_parquet = self._params.format == "parquet"
+        write_as = partial(encoder, columns=columns, format=self._params.format)
+        encode = out.encoder(records) if is_parquet else write_as(records)
         begin = at.offset or records.start
         batches = records.batches(begin, at.row, self._batch_rows(columns))
         async with aclosing(batches):
@@ -341,20 +366,27 @@ class _Export:
                     at.unseen = [n for n in at.unseen if self._needed[n] not in seen]
                 chosen = choose(rows)
                 at.written += len(chosen)
-                if chosen:
-                    data = memoryview(encode(chosen))
-                    for piece in range(0, len(data), _PIECE_BYTES):
-                        await out.write(data[piece : piece + _PIECE_BYTES])
-                        await self._ctx.checkpoint()
+                if chosen and is_parquet:
+                    await out.write(encode(chosen))
+                    await self._ctx.checkpoint()
+                elif chosen:
+                    await self._write_bytes(encode(chosen), out)
                 if end is None:
                     continue
                 at.offset = end
-                if await out.settle(end - begin):
+                done = records.done(end)
+                if await out.settle(done - records.done(begin)):
                     at.gzip = out.state
-                    await self._mark("exporting", start + end)
+                    await self._mark("exporting", start + done)
                 else:
-                    await self._ctx.checkpoint(done=start + end, message=self._message())
+                    await self._ctx.checkpoint(done=start + done, message=self._message())
                 begin = end
+
+    async def _write_bytes(self, data: bytes, out: Sink) -> None:
+        view = memoryview(data)
+        for piece in range(0, len(view), _PIECE_BYTES):
+            await out.write(view[piece : piece + _PIECE_BYTES])
+            await self._ctx.checkpoint()
 
     def _batch_rows(self, columns: list[str]) -> int:
         """How many rows are worked on between two checkpoints."""
@@ -385,13 +417,30 @@ class _Export:
                 chosen.append(row)
         return chosen
 
-    async def _reader(self, index: int) -> FileReader:
+    @asynccontextmanager
+    async def _opened(self, index: int) -> AsyncIterator[Records]:
+        """The rows of a source. Raises file-unknown if it was deleted, invalid-data."""
+        source, files = self._sources[index], self._ctx.files
+        table: TableReader | None = None
+        reader: FileReader | None = None
         try:
-            return await self._ctx.files.reader(self._sources[index].id)
+            if source.format == "table":
+                table = await files.table(source.id)
+            else:
+                reader = await files.reader(source.id)
         except SluiceError as error:
             if error.code != "file-unknown":
                 raise
-            raise self._gone(self._sources[index].name) from error
+            raise self._gone(source.name) from error
+        try:
+            if table is not None:
+                yield TableRecords(source, table)
+            elif reader is not None:
+                yield await open_records(source, reader)
+        finally:
+            for opened in (table, reader):
+                if opened is not None:
+                    await opened.close()
 
     def _gone(self, name: str) -> SluiceError:
         detail = f"The source {name!r} was deleted before all of it was read."
@@ -402,7 +451,8 @@ class _Export:
         if self._params.name is not None:
             return self._params.name
         stem, suffix = stem_of(self._sources[0].name), f".{self._params.format}"
-        if any(source.name == stem + suffix for source in self._sources):
+        of_table = self._sources[0].format == "table"  # the file it was made of may be named so
+        if of_table or any(source.name == stem + suffix for source in self._sources):
             suffix = "-export" + suffix
         return with_suffix(stem, suffix)
 
