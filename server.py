@@ -379,7 +379,10 @@ def run_check(config: Config, words: Sequence[str]) -> int:
     def load_kinds(paths: Sequence[Path]) -> Registry:
         return _kinds(replace(config, kinds=(*config.kinds, *paths)))
 
-    report = examine(ask, partial(trial_ground, config), load_kinds)
+    try:
+        report = examine(ask, partial(trial_ground, config), load_kinds)
+    except KeyboardInterrupt:
+        return 130
     print(msgspec.json.encode(report).decode() if ask.json else report.text())
     return 0 if report.ok else 1
 

@@ -292,7 +292,8 @@ def _find(ask: Ask, load: Callable[[Sequence[Path]], Registry]) -> Kind:
         found = registry.get(ask.kind)
         if found is None:
             known = ", ".join(registry.names())
-            raise Misused(f"check: no kind is named {ask.kind!r}; there are {known}")
+            said = "".join(f"; {problem.file}: {problem.detail}" for problem in registry.problems)
+            raise Misused(f"check: no kind is named {ask.kind!r}; there are {known}{said}")
         kind = found
     try:
         registry.parse(kind.name, ask.params)

@@ -973,7 +973,11 @@ class Process:
         )
 
     async def _let_go(self) -> None:
-        """Close everything; a job that was ended by force meanwhile leaves no artefacts."""
+        """Close everything. What nobody will find again is removed.
+
+        That is all of a job that was ended by force meanwhile, or will be cancelled, and an
+        artefact that was about to be written down when the force came.
+        """
         for artifact in self._artifacts.values():
             await artifact.close()
         if self._folder is not None:
@@ -984,8 +988,10 @@ class Process:
         if not self._artifacts:
             return
         now = await self._runners.state.get(self.job_id)
-        if now is None or now.state in FINAL:
-            for artifact in self._artifacts.values():
+        over = now is None or now.state in FINAL or now.want == "cancel"
+        found_again = [] if over or now is None else _blobs(now)
+        for artifact in self._artifacts.values():
+            if artifact.blob not in found_again:
                 await self._runners.blobs.discard(artifact.blob)
 
     async def _flush_log(self) -> None:

@@ -60,6 +60,7 @@ OF_PROGRAMS = frozenset({"child", "both"})
 _ANYWHERE = frozenset({"checkpoint", "sleep", "wait"})
 
 _SETTLE_S = 3.0  # for what follows the end of a job, and for processes that are told to end
+_RETRY_S = 0.01  # instead of the kind's own waits
 _COPY_BYTES = 1 << 20
 _WARM_S = 3600.0
 _SUBREAPER = 36  # prctl: PR_SET_CHILD_SUBREAPER
@@ -253,6 +254,8 @@ async def _serve(plan: Plan, kind: Kind, opened: Open) -> Outcome:
     Runners.process = _Watched
     if kind.source[1]:  # a fresh one, as a start would have; else it is no module
         kind = load_kind(kind.source, kind.name)
+    if kind.retry is not None:
+        kind = kind._replace(retry=kind.retry._replace(base_s=_RETRY_S, max_s=_RETRY_S))
     warm_s = 0.0 if plan.mode == "cold" else _WARM_S
     async with opened(folder / "data", Registry([kind]), warm_s) as ground:
         manager = ground.manager
@@ -371,17 +374,14 @@ async def _settled(look: Callable[[], list[str]]) -> list[str]:
 
 
 def tree(folder: Path) -> set[str]:
-    """The files below a folder, but for those of the rows."""
-    return {
-        str(path.relative_to(folder))
-        for path in folder.rglob("*")
-        if path.is_file() and not path.name.startswith(("state.db", "tables.db", "lock"))
-    }
+    """The files below a folder."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
 def _left_files(base: Path, folder: Path, found: Outcome) -> Iterator[str]:
     """Files of the data folder, and of the working folder of a job that has not succeeded."""
-    left = tree(folder / "data") - tree(base)
+    new = tree(folder / "data") - tree(base)
+    left = {name for name in new if "/" in name}  # those at the top are the service's own
     if found.state != states.SUCCEEDED:
         yield from (f"{name} is left in the data folder" for name in sorted(left))
         yield from (f"{name} is left" for name in sorted(tree(folder / "work")))
@@ -395,8 +395,8 @@ def _held(folder: Path) -> Iterator[str]:
     for fd in os.listdir("/proc/self/fd"):
         with suppress(OSError):
             path = Path(os.readlink(f"/proc/self/fd/{fd}"))
-            inside = path.is_relative_to(folder / "data") or path.is_relative_to(folder / "work")
-            if inside and not path.name.startswith(("state.db", "tables.db", "lock")):
+            own = folder / "data"  # the service's own files lie there, without a folder
+            if path.is_relative_to(folder) and path.parent not in (own, folder):
                 yield path.name
 
 

@@ -219,6 +219,7 @@ async def test_stopped_programs_are_bounded(tmp_path: Path) -> None:
         jobs = [await world.start("exec.gzip", {"file": "big.txt"}) for _ in range(3)]
         await eventually(lambda: len(descendants()) == 3, "all programs")
         live = world.runners._live
+        await eventually(lambda: all(live[job_id]._programs for job_id in jobs), "they are known")
         pids = {job_id: live[job_id]._programs[0].pid for job_id in jobs}
         for job_id in jobs:
             await world.tell(job_id, "pause")
