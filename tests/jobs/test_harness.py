@@ -397,6 +397,7 @@ def cases() -> dict[str, Case]:
         "export-csv": Case("export", {"source": "a.csv", "where": "n >= 100"}, csv),
         "export-gz": Case("export", {"source": "b.jsonl", "format": "csv.gz"}, jsonl),
         "export-two": Case("export", {"source": ["b.jsonl", "a.csv"], "format": "jsonl"}, both),
+        "export-parquet": Case("export", {"source": "a.csv", "format": "parquet"}, csv, 1),
         "compress-gzip": Case("compress", {"file": "a.csv", "level": 1}, text),
         "compress-zstd": Case("compress", {"file": "big.bin", "format": "zstd"}, big),
         "decompress-gzip": Case("decompress", {"file": "a.csv.gz"}, packed),
