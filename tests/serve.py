@@ -55,6 +55,7 @@ def _always(*args: Any) -> bool:
 Point = tuple[Any, str, str, Callable[..., bool]]
 POINTS: dict[str, Point] = {
     "created": (SqliteState, "create", "after", _always),  # not a byte was written
+    "started": (SqliteState, "create_all", "after", _always),  # jobs that need not queue
     "write": (LocalWriter, "write", "before", _always),
     "written": (LocalWriter, "write", "after", _always),
     "synced": (LocalWriter, "sync", "after", _always),  # between fdatasync and commit
