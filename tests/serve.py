@@ -44,6 +44,14 @@ def _succeeds(state: Any, job: Any, *args: Any) -> bool:
     return bool(job.state == "succeeded")
 
 
+def _succeeding(state: Any, commits: Any) -> int:
+    return sum(commit.job.state == "succeeded" for commit in commits)
+
+
+def _made(state: Any, creations: Any) -> int:
+    return len(creations)
+
+
 def _pauses(state: Any, job: Any, *args: Any) -> bool:
     return bool(job.state == "pausing")
 
@@ -52,7 +60,7 @@ def _always(*args: Any) -> bool:
     return True
 
 
-Point = tuple[Any, str, str, Callable[..., bool]]
+Point = tuple[Any, str, str, Callable[..., int]]  # how often a call counts
 POINTS: dict[str, Point] = {
     "created": (SqliteState, "create", "after", _always),  # not a byte was written
     "started": (SqliteState, "create_all", "after", _always),  # jobs that need not queue
@@ -72,20 +80,37 @@ POINTS: dict[str, Point] = {
     "sendfile": (os, "sendfile", "after", _always),
 }
 
+TOGETHER: dict[str, Point] = {  # the same, of the processes that start or end in one turn
+    "created": (SqliteState, "create_all", "after", _made),
+    "ending": (SqliteState, "commit_all", "before", _succeeding),
+    "ended": (SqliteState, "commit_all", "after", _succeeding),
+}
+
 
 def _crash_at(name: str, n: int) -> None:
     """Die at the n-th call."""
-    owner, attribute, when, applies = POINTS[name]
+    left = n
+
+    def passed(times: int) -> None:
+        nonlocal left
+        left -= times
+        if times and left <= 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    for points in (POINTS, TOGETHER):
+        if name in points:
+            _watch(*points[name], passed)
+
+
+def _watch(
+    owner: Any, attribute: str, when: str, times: Callable[..., int], passed: Callable[[int], None]
+) -> None:
+    """Tell each call that counts."""
     original = getattr(owner, attribute)
-    calls = 0
 
     def pass_by(at: str, args: tuple[Any, ...]) -> None:
-        nonlocal calls
-        if at != when or not applies(*args):
-            return
-        calls += 1
-        if calls == n:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if at == when:
+            passed(times(*args))
 
     async def asynchronous(*args: Any, **more: Any) -> Any:
         pass_by("before", args)
