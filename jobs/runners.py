@@ -220,9 +220,13 @@ class _Table:
     process has told since.
     """
 
-    def __init__(self, process: Process, file: TableFile) -> None:
+    def __init__(
+        self, process: Process, file: TableFile, sync: Callable[[], Awaitable[None]]
+    ) -> None:
         self._process = process
         self._file = file
+        self._sync = sync
+        self._lock = asyncio.Lock()  # nothing is added while the log is moved
         self._at: tuple[Any, dict[str, int]] | None = None  # what is not committed so far
         self._calls = 0
 
@@ -241,9 +245,10 @@ class _Table:
         await self.write_cells(flat(rows, len(self._file.columns)), cursor)
 
     async def write_cells(self, cells: Sequence[Any], cursor: Any) -> None:
-        self._file.add(cells)
-        self._calls += 1
-        self._at = cursor, self._process.wrote(cursor)
+        async with self._lock:
+            self._file.add(cells)
+            self._calls += 1
+            self._at = cursor, self._process.wrote(cursor)
         if self._file.due:
             await self.commit()
 
@@ -253,6 +258,19 @@ class _Table:
             self._file.commit(mark)
             self._at = None
             self._process.sure(mark, by_table=True)
+        if self._file.has_long_log:
+            await self._fold()
+
+    async def _fold(self) -> None:
+        """Put the log into the database; the disk is waited for, but not by the loop."""
+        async with self._lock:
+            if self._at is not None:  # more came in between: after their commit
+                return
+            await self._sync()
+            self._file.copy_log()
+            await self._sync()
+            self._file.drop_log()
+            await self._sync()
 
     async def _mark(self) -> dict[str, Any] | None:
         """What belongs to the last rows; more of them may come while the artefacts are synced."""
@@ -266,6 +284,7 @@ class _Table:
     async def finish(self) -> None:
         """No rows follow: make it one file."""
         await self.commit()
+        await self._fold()
         self._file.finish(self._file.mark)
 
     @property
@@ -393,7 +412,8 @@ class Process:
         if is_elsewhere:
             made_by = None
         elif layout == TABLE:
-            made_by = _Table(self, TableFile(await blobs.place(blob)))
+            file = TableFile(await blobs.place(blob), syncs=False)
+            made_by = _Table(self, file, partial(blobs.sync, blob))
         else:
             made_by = await blobs.writer(blob, self.fence, offset=offset)
         media_type = media_type or media_type_of(name)

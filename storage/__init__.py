@@ -654,6 +654,10 @@ class Blobs(Protocol):
         """
         ...
 
+    async def sync(self, blob_id: str) -> None:
+        """Force what lies at a place, and its side files, to the disk. What is missing is fine."""
+        ...
+
     async def publish(self, blob_id: str, name: str) -> int:
         """Make an unfinished blob final under ``name``, at once and durably; its bytes.
 

@@ -238,6 +238,20 @@ class LocalBlobs:
         """See the contract."""
         return self._tmp / blob_id
 
+    async def sync(self, blob_id: str) -> None:
+        """See the contract."""
+        for end in ("", *_SIDES):
+            try:
+                fd = os.open(self._tmp / f"{blob_id}{end}", os.O_RDWR | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue
+            try:
+                await self._sync(fd)
+            except OSError as error:
+                raise refusal(error) from error
+            finally:
+                os.close(fd)
+
     def _drop_sides(self, blob_id: str, *, empty: bool) -> None:
         """Remove the side files of a blob; with ``empty``, refuse if one of them has bytes."""
         for side in _SIDES:

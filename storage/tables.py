@@ -8,7 +8,9 @@ Strategy. Rows and mark commit together, so a job that goes on from the mark wri
 whatever ended it. Many calls share a commit, because a row may be lost with its mark. While it is
 made, the database is in WAL mode, where a commit needs no sync: after a power cut the last commits
 may be gone, but nothing is torn, and the mark that is found tells where to go on. The log is copied
-into the database whenever it is a MiB long, so that no call holds its caller for long.
+into the database whenever it is a MiB long, so that no call holds its caller for long. For that the
+log has to be on the disk first, then the database, then the log's end. Who may not wait for a disk
+makes these syncs himself, between ``copy_log`` and ``drop_log``; SQLite then makes none.
 ``finish`` folds it in for good; then the database is one file that never changes again, so that
 readers need no locks (``immutable``).
 
@@ -122,9 +124,15 @@ class TableFile:
     """
 
     def __init__(
-        self, path: Path, *, log_bytes: int = _LOG_BYTES, commit_s: float = _COMMIT_S
+        self,
+        path: Path,
+        *,
+        log_bytes: int = _LOG_BYTES,
+        commit_s: float = _COMMIT_S,
+        syncs: bool = True,
     ) -> None:
         self._path = path
+        self._syncs = syncs  # else the caller does
         self._commit_s = commit_s
         self._log_bytes = log_bytes
         self._sql = ""
@@ -160,7 +168,7 @@ class TableFile:
         con = self._con
         con.execute("PRAGMA locking_mode=EXCLUSIVE")  # no shared memory, no locks between calls
         con.execute("PRAGMA journal_mode=WAL")
-        con.execute("PRAGMA synchronous=NORMAL")
+        con.execute(f"PRAGMA synchronous={'NORMAL' if self._syncs else 'OFF'}")
         con.execute("PRAGMA wal_autocheckpoint=0")
         con.execute("PRAGMA cache_size=-16384")
         (self._page_bytes,) = con.execute("PRAGMA page_size").fetchone()
@@ -197,7 +205,7 @@ class TableFile:
             raise refused(error) from error
         self.mark = mark
         self._use(columns)
-        self._copy_log()
+        self._count_log()
 
     def _note(self, **values: Any) -> None:
         self._con.executemany(
@@ -258,20 +266,44 @@ class TableFile:
             self._con.execute("COMMIT")
             self._pending = False
             self.mark = mark
-            self._copy_log()
+            self._count_log()
+            if self._syncs and self.has_long_log:
+                self._fold("PASSIVE")
         except sqlite3.Error as error:
             if self._pending and not self._con.in_transaction:
                 self._give_up()
             raise refused(error) from error
 
-    def _copy_log(self) -> None:
-        """Put a long log into the database; the next commit then begins it anew."""
+    def _count_log(self) -> None:
         (pages,) = self._con.execute("PRAGMA page_count").fetchone()
         self._logged += (pages - self._pages + _OTHER_PAGES) * self._page_bytes
         self._pages = pages
-        if self._logged >= self._log_bytes:
-            self._con.execute("PRAGMA wal_checkpoint(PASSIVE)")
-            self._logged = 0
+
+    @property
+    def has_long_log(self) -> bool:
+        """Whether the log should be put into the database now."""
+        return self._logged >= self._log_bytes
+
+    def copy_log(self) -> None:
+        """Put the log, which was synced, into the database; sync that before ``drop_log``.
+
+        Nothing may be added in between.
+        """
+        try:
+            self._fold("PASSIVE")
+        except sqlite3.Error as error:
+            raise refused(error) from error
+
+    def drop_log(self) -> None:
+        """End the log, all of which is in the database; sync that before anything is added."""
+        try:
+            self._fold("TRUNCATE")
+        except sqlite3.Error as error:
+            raise refused(error) from error
+
+    def _fold(self, how: str) -> None:
+        self._con.execute(f"PRAGMA wal_checkpoint({how})")
+        self._logged = 0
 
     def _check_lost(self) -> None:
         if self.lost:
@@ -283,11 +315,13 @@ class TableFile:
         with suppress(sqlite3.Error):
             if self._con.in_transaction:
                 self._con.execute("ROLLBACK")
+            self._con.execute("PRAGMA synchronous=NORMAL")  # to close it is to copy the log
         self._con.close()
 
     def finish(self, mark: Any) -> None:
         """Commit, and make the database one file; it is closed then, but not yet synced."""
-        self.commit(mark)
+        if self._pending or mark != self.mark:
+            self.commit(mark)
         try:
             self._con.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             self._con.execute("PRAGMA journal_mode=DELETE")

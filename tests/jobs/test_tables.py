@@ -324,3 +324,31 @@ async def test_readers_of_a_deleted_table_go_on(tmp_path: Path) -> None:
             found += some
         assert found == rows
         await table.close()
+
+
+async def test_a_long_log_is_folded_in(tmp_path: Path) -> None:
+    """Beside a big table lies a log of a few MiB at most, also over a crash; all rows are there."""
+    most, at_row = 0, 0
+    count = 16_000
+
+    async def big(ctx: Any, params: Any) -> None:
+        nonlocal most, at_row
+        row = ctx.cursor or 0
+        table = await ctx.table("numbers", NUMBERS)
+        while row < count:
+            await table.write([[n, "x" * 1000] for n in range(row, row + 100)], row + 100)
+            row = at_row = row + 100
+            logs = [p for p in (tmp_path / "tmp").iterdir() if p.name.endswith("-wal")]
+            most = max(most, *(p.stat().st_size for p in logs), 0)
+            await ctx.checkpoint(row, done=row)
+
+    async with World(tmp_path, a_kind("big", big)) as world:
+        job_id = await world.start("big")
+        await eventually(lambda: at_row > count // 2, "half of it is written")
+        await world.restart()
+        await world.until(job_id, "succeeded", within_s=60)
+        file, rows = await filled(world, job_id)
+        assert [n for n, _ in rows] == list(range(count))
+        assert file.bytes > 15 << 20
+        assert most < 4 << 20
+        assert world.unfinished() == []

@@ -574,6 +574,16 @@ class Placing:
         assert path.read_bytes() == b"abc"
         assert Path(f"{path}{side}").read_bytes() == b"def"
 
+    async def test_what_lies_there_is_forced_to_the_disk(self, blobs: Blobs) -> None:
+        """With its side files; where there is nothing, nothing happens."""
+        path = await blobs.place("b1")
+        await blobs.sync("b1")
+        assert not path.exists()
+        path.write_bytes(b"abc")
+        Path(f"{path}-wal").write_bytes(b"def")
+        await blobs.sync("b1")
+        assert path.read_bytes() == b"abc"
+
     async def test_side_files_go_with_the_blob(self, blobs: Blobs) -> None:
         """``discard`` and ``sweep`` take them; ``sweep`` keeps those of a blob that it keeps."""
         paths = [await blobs.place(f"b{i}") for i in range(3)]

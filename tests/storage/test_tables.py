@@ -179,6 +179,26 @@ def test_the_log_does_not_grow_with_the_table(path: Path) -> None:
     assert most < 4 << 20
 
 
+def test_the_syncs_may_be_the_callers(path: Path) -> None:
+    """Who makes them himself is told when, and has all rows in the database afterwards."""
+    table = TableFile(path, log_bytes=64 << 10, syncs=False)
+    table.begin(COLUMNS, {}, 0)
+    folded = 0
+    for n in range(100):
+        table.add([n, "x" * 5000])
+        table.commit(n)
+        if table.has_long_log:
+            table.copy_log()
+            copy = path.read_bytes()
+            table.drop_log()
+            assert Path(f"{path}-wal").stat().st_size == 0
+            assert path.read_bytes() == copy
+            folded += 1
+    assert folded > 3
+    table.finish(99)
+    assert [row[1] for row in rows_of(path)] == list(range(100))
+
+
 def test_names_that_no_column_can_have() -> None:
     """Twins, nothing at all, control characters, too many, too long, no types."""
     assert "two columns are named 'Name'" in wrong([("name", "text"), ("Name", "text")])
