@@ -331,7 +331,8 @@ class TableWriter(Protocol):
 
     So each row is there exactly once, whatever ends the job in between. On resume the cursor of
     the last rows wins over one that only ``checkpoint`` was given; a job makes at most one table.
-    A commit comes with a later call, at the next pause, or within a second or so.
+    Many calls share a commit: it comes with a later one, at the next pause, or at the end; on the
+    lane also within a second. In a child, which nobody waits for, it is a tenth of a second's rows.
     """
 
     @property
