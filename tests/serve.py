@@ -48,10 +48,6 @@ def _succeeding(state: Any, commits: Any) -> int:
     return sum(commit.job.state == "succeeded" for commit in commits)
 
 
-def _made(state: Any, creations: Any) -> int:
-    return len(creations)
-
-
 def _pauses(state: Any, job: Any, *args: Any) -> bool:
     return bool(job.state == "pausing")
 
@@ -80,8 +76,7 @@ POINTS: dict[str, Point] = {
     "sendfile": (os, "sendfile", "after", _always),
 }
 
-TOGETHER: dict[str, Point] = {  # the same, of the processes that start or end in one turn
-    "created": (SqliteState, "create_all", "after", _made),
+TOGETHER: dict[str, Point] = {  # the same, of the processes that end in one turn
     "ending": (SqliteState, "commit_all", "before", _succeeding),
     "ended": (SqliteState, "commit_all", "after", _succeeding),
 }
