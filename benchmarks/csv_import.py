@@ -22,7 +22,7 @@ from statistics import median
 from benchmarks.common import ROUNDS, Report, Sluice, at_least, main, place
 
 _ROWS = int(os.environ.get("ROWS", "1000000"))
-_TICK_S = 0.005
+_TICK_S = 0.02
 
 
 def make(path: Path, quoted: bool) -> None:
