@@ -247,7 +247,7 @@ class Manager:
         self._news: dict[str, set[News]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._starting: list[_Start] = []
-        self._starters: set[asyncio.Task[None]] = set()
+        self._starters: set[asyncio.Task[Any]] = set()
         self._finishing: list[_Finish] = []
         self._claiming: asyncio.Task[None] | None = None
         self._claim_again = False
@@ -311,16 +311,31 @@ class Manager:
         if self._has_room(job):
             return await self._start_now(job, by, held, key)
         self._reserve(owner)
+        # It happens whether or not the caller goes on waiting for it.
+        task = asyncio.get_running_loop().create_task(self._queue(job, by, held, key))
+        self._starters.add(task)
+        task.add_done_callback(self._queued)
+        return await asyncio.shield(task)
+
+    async def _queue(
+        self, job: Job, by: By, live_name: str | None, key: Key | None
+    ) -> tuple[Job, bool]:
+        """Make a job that waits, on the place that is reserved for it."""
         created = False
         try:
-            job, created = await self._create(job, by, held, key)
+            job, created = await self._create(job, by, live_name, key)
         finally:
             if not created:
-                self._count(owner, -1)
+                self._count(job.owner, -1)
         if created and job.blocked:  # what it waits for may have ended
             await self._look_after(job.id)
             job = await self._state.get(job.id) or job
         return job, created
+
+    def _queued(self, task: asyncio.Task[Any]) -> None:
+        self._starters.discard(task)
+        if not task.cancelled():
+            task.exception()  # a caller that is gone does not take it
 
     def _has_room(self, job: Job) -> bool:
         """Whether a new job need not queue: nobody is before it, and a slot is free for it."""

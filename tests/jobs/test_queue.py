@@ -414,6 +414,24 @@ async def test_a_start_whose_caller_has_gone_runs(tmp_path: Path) -> None:
         assert world.manager.running == 0
 
 
+async def test_a_start_that_waits_and_whose_caller_has_gone_runs(tmp_path: Path) -> None:
+    """It has its place in the queue until it is claimed, also if nobody was told of it."""
+    gate = Gate()
+    kinds = a_kind("gate", gate.run), a_kind("once", once)
+    async with World(tmp_path, *kinds, limits=Limits(slots=1)) as world:
+        first = await world.start("gate")
+        caller = asyncio.create_task(world.start("once"))
+        await asyncio.sleep(0)
+        caller.cancel()
+        await asyncio.wait([caller])
+        await eventually(lambda: world.state._totals.get("queued") == 1, "it is made")
+        assert world.manager._total_waiting == 1
+        gate.open = True
+        await world.until(first, "succeeded")
+        await eventually(lambda: world.state._totals.get("succeeded") == 2, "it has run")
+        assert world.manager._total_waiting == 0
+
+
 async def test_a_start_under_a_name_that_is_held_takes_no_slot(tmp_path: Path) -> None:
     """Of two starts in one turn under a unique name one is made, and both are told of it."""
     gate = Gate()
