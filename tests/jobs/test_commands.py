@@ -155,7 +155,8 @@ async def test_a_command_by_filter_stands_between_all_others(tmp_path: Path) -> 
         assert answers[2].n == 2
         assert (await world.job(answers[3].job)).state == "scheduled"
         assert code_of(answers[4]) in ("job-cancelling", "job-finished")
-        assert desk.answered[:3] == ["start", "pause", "cancel"]
+        assert sorted(desk.answered[:2]) == ["pause", "start"]  # of different jobs: in any order
+        assert desk.answered[2] == "cancel"
 
 
 async def test_other_jobs_do_not_wait_for_a_long_list(tmp_path: Path) -> None:
