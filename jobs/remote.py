@@ -30,7 +30,7 @@ from jobs.programs import Program
 from jobs.wire import PAYLOAD_BYTES, Message, Wire
 
 if TYPE_CHECKING:
-    from jobs.runners import Process
+    from jobs.process import Process
 
 _PROGRAM = Path(__file__).with_name("child.py")
 _WIRE = 3  # the socket's descriptor in the child

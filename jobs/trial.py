@@ -37,7 +37,8 @@ from jobs.add import add
 from jobs.files import Files, now_ms
 from jobs.kinds import JobCancelled, JobPaused, Kind, Registry, Source, load_kind
 from jobs.manager import Manager
-from jobs.runners import Process, Runners
+from jobs.process import Process
+from jobs.runners import Runners
 from jobs.uploads import Uploads
 from storage import By, File, Filter, Job
 

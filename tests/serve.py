@@ -33,7 +33,7 @@ import handlers  # noqa: E402 - the hook comes first
 import jobs.events  # noqa: E402
 import server  # noqa: E402
 from handlers.socket import StrictWebSocketHandler  # noqa: E402
-from jobs import runners  # noqa: E402
+from jobs import process, runners  # noqa: E402
 from jobs.channel import Cursor, Select, Why, why_reset  # noqa: E402
 from storage import Event  # noqa: E402
 from storage.blobs_local import LocalBlobs, LocalWriter  # noqa: E402
@@ -71,7 +71,7 @@ POINTS: dict[str, Point] = {
     "spent": (SqliteState, "spend", "after", _always),  # a key whose command is done
     "pausing": (SqliteState, "commit", "after", _pauses),
     "flush": (SqliteState, "_flush", "before", _always),
-    "checkpoint": (runners.Process, "checkpoint", "before", _always),
+    "checkpoint": (process.Process, "checkpoint", "before", _always),
     "undo": (runners, "_undo", "after", _always),
     "sendfile": (os, "sendfile", "after", _always),
 }

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pytest
 
-from jobs.runners import Process
+from jobs.process import Process
 from storage import Job
 from tests.jobs.world import Dead, World, eventually
 

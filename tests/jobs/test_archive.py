@@ -18,7 +18,7 @@ from errors import SluiceError
 from jobs.add import add
 from jobs.files import now_ms
 from jobs.kinds import Kind, kind_of
-from jobs.runners import Process
+from jobs.process import Process
 from jobs.uploads import Limits as UploadLimits
 from storage import File, Job
 from storage.blobs_local import LocalBlobs, LocalReader

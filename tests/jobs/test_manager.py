@@ -1301,7 +1301,7 @@ async def test_full_disk_of_the_state_loses_no_job(
     """While no row can be written jobs end in vain; when there is room again, every end is kept."""
     bench = Bench()
     monkeypatch.setattr("jobs.manager._AGAIN_S", 0.02)
-    monkeypatch.setattr("jobs.runners._AGAIN_S", 0.02)
+    monkeypatch.setattr("jobs.process._AGAIN_S", 0.02)
     limits = Limits(slots=2)
     async with World(tmp_path, bench.walker, limits=limits) as world:
         running = await world.start("walk", {"file": "out.txt"})

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import jobs.process
 import jobs.runners
 from errors import SluiceError
 from jobs import states
@@ -458,7 +459,7 @@ async def test_a_frame_that_does_not_end_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that swallows its end has failed all the same; its slot and its journal are free."""
-    monkeypatch.setattr(jobs.runners, "_LATE_S", 0.05)
+    monkeypatch.setattr(jobs.process, "_LATE_S", 0.05)
     let_go = asyncio.Event()
     undone = []
 
