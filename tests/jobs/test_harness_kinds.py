@@ -14,7 +14,6 @@ import zstandard
 
 from jobs.harness import check
 from jobs.kinds import Registry
-from jobs.trial import MODES
 from tests.harness import FULL, Server
 
 
@@ -89,7 +88,7 @@ def cases() -> dict[str, Case]:
         "export-gz": Case("export", {"source": "b.jsonl", "format": "csv.gz"}, jsonl),
         "export-two": Case("export", {"source": ["b.jsonl", "a.csv"], "format": "jsonl"}, both),
         "export-parquet": Case("export", {"source": "a.csv", "format": "parquet"}, csv, 1),
-        "compress-gzip": Case("compress", {"file": "a.csv", "level": 1}, text),
+        "compress-gzip": Case("compress", {"file": "a.csv", "level": 1}, {"a.csv": table(12_000)}),
         "compress-zstd": Case("compress", {"file": "big.bin", "format": "zstd"}, big),
         "decompress-gzip": Case("decompress", {"file": "a.csv.gz"}, packed),
         "decompress-zstd": Case(
@@ -126,7 +125,7 @@ def test_our_kinds_go_on_wherever_they_are_disturbed(name: str, tmp_path: Path) 
         case.params,
         case.files,
         sample=0 if FULL else 1 if case.kind in IN_CHILDREN else 2,
-        modes=tuple(MODES) if FULL else ("cold", "kill", "cancel", "child"),
+        modes=("warm", "cold", "kill", "cancel", "child") if FULL else ("cold", "kill", "cancel"),
         ignore=case.ignore,
         options=[text.format(programs=tmp_path / "programs.toml") for text in case.options],
     )
