@@ -205,7 +205,8 @@ class SqliteState:
         self._begin(True)  # whatever the durability: after a power cut it must say what may be lost
         self._con.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", meta.items())
         self._con.execute(  # a lease that no commit has followed
-            "UPDATE jobs SET lease_ends = NULL WHERE state = 'queued' AND lease_ends IS NOT NULL"
+            "UPDATE jobs INDEXED BY jobs_live SET lease_ends = NULL"
+            " WHERE live = 1 AND state = 'queued' AND lease_ends IS NOT NULL"
         )
         self._con.execute("COMMIT")
         self._any_waits = bool(self._con.execute("SELECT 1 FROM waits LIMIT 1").fetchone())
