@@ -52,7 +52,7 @@ DELETED: Final = "deleted"  # not a state: what the last event of a deleted job 
 FRONT: Final = -(10**14)
 
 _END_MS: Final = 10_000  # from the force of a deadline to its end
-_LOOP, _LOOP_MS = 10, 600_000  # crashes in that time without progress; one more is no bad luck
+_LOOP, _LOOP_MS = 100, 600_000  # crashes in that time without progress; one more is no bad luck
 
 
 class Input(Enum):

@@ -16,7 +16,8 @@ async def main() -> None:
     children = Children(Path(sys.argv[1]))
     await children.open()
     child = await children.start(["sh", "-c", SCRIPT], cwd=Path("/"), fds={1: 1})
-    print(child.pid, flush=True)
+    sys.stdout.write(f"{child.pid}\n")  # in one piece, also where Python does not buffer
+    sys.stdout.flush()
     await child.exited
 
 

@@ -106,12 +106,6 @@ def cases() -> dict[str, Case]:
 
 PROGRAMS_HERE = ("--programs", "{programs}")
 CASES = cases()
-IN_CHILDREN = (
-    "compress",
-    "decompress",
-    "csv.validate",
-    "csv.import",
-)  # their trials take long: a Python has to start
 
 
 @pytest.mark.slow
@@ -124,7 +118,7 @@ def test_our_kinds_go_on_wherever_they_are_disturbed(name: str, tmp_path: Path) 
         case.kind,
         case.params,
         case.files,
-        sample=0 if FULL else 1 if case.kind in IN_CHILDREN else 2,
+        sample=0 if FULL else 1,
         modes=("warm", "cold", "kill", "cancel", "child") if FULL else ("cold", "kill", "cancel"),
         ignore=case.ignore,
         options=[text.format(programs=tmp_path / "programs.toml") for text in case.options],

@@ -263,7 +263,7 @@ def job_in(state: str, subject: str = "process", flags: frozenset[str] = frozens
         undo=JOURNAL if "undo" in flags else (),
         after=("j0",) if "blocked" in flags else (),
         blocked="blocked" in flags and state in ("scheduled", "paused"),
-        crashes=tuple(NOW - ago for ago in range(10, 0, -1)) if "loop" in flags else (),
+        crashes=tuple(NOW - ago for ago in range(100, 0, -1)) if "loop" in flags else (),
     )
 
 
@@ -960,7 +960,7 @@ class Model:
         if self.state == "running" and self.subject == "process":
             recent = tuple(at for at in self.crashes if at > facts.now - 600_000)
             self.crashes = (*recent, facts.now)
-            if len(self.crashes) > 10:
+            if len(self.crashes) > 100:
                 self.failed = True
                 return self._becomes("cancelling" if self.undo else "failed")
             self.attempt += 1
