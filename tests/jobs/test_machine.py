@@ -446,7 +446,7 @@ def test_nothing_is_stuck_or_left_over(tmp_path: Path) -> None:
     run_state_machine_as_test(
         WholeMachine,
         settings=settings(
-            max_examples=60 if FULL else 12,
+            max_examples=60 if FULL else 8,
             stateful_step_count=50 if FULL else 30,
             deadline=None,
             suppress_health_check=list(HealthCheck),

@@ -1726,7 +1726,7 @@ def test_any_order_of_commands_ends_and_crashes(tmp_path: Path) -> None:
     run_state_machine_as_test(
         ManagerMachine,
         settings=settings(
-            max_examples=300 if FULL else 25,
+            max_examples=300 if FULL else 15,
             stateful_step_count=60 if FULL else 30,
             deadline=None,
             suppress_health_check=list(HealthCheck),
