@@ -47,14 +47,13 @@ class Worker(Program):
         self._wire = Wire(sock)
         self._stands = False  # at a checkpoint, until it hears "go"
         self._holding = False
-        self._is_told = False  # what it shall do, before signals
         self._readers: dict[int, Any] = {}
         self._writers: dict[int, Any] = {}
         self._mark: dict[str, Any] = {}  # the newest that the child commits with its rows
         self.outcome: Message | None = None
-        self.listen_socket()
+        self._listen_socket()
 
-    def listen_socket(self) -> None:
+    def _listen_socket(self) -> None:
         """Take the socket's messages in turn with the pipes."""
 
         async def hear(data: bytes) -> None:

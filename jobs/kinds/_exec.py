@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from time import monotonic
 from typing import Annotated, Any, Literal, NamedTuple
@@ -460,6 +460,3 @@ def _number(text: str | None) -> float | None:
     except ValueError:
         return None
     return value if 0 <= value < 1e18 else None
-
-
-__all__: Sequence[str] = ("load",)

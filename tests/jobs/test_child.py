@@ -16,7 +16,7 @@ from jobs.kinds import Kind, load_kind
 from jobs.manager import Limits
 from jobs.states import CANCELLED, FAILED, PAUSED, RUNNING, SUCCEEDED
 from jobs.warden import processes
-from tests.jobs.world import World, eventually
+from tests.jobs.world import World, descendants, eventually
 
 KINDS = Path(__file__).with_name("child_kinds")
 
@@ -24,20 +24,6 @@ KINDS = Path(__file__).with_name("child_kinds")
 def a_child(name: str) -> Kind:
     """One of the kinds in child_kinds/."""
     return load_kind(("file", str(KINDS / f"{name}.py")), name)
-
-
-def workers() -> list[int]:
-    """Processes below this one that run now, but the warden."""
-    all_of_them = processes()
-    mine = {os.getpid()}
-    found = []
-    for pid in sorted(all_of_them):
-        process = all_of_them[pid]
-        if process.parent in mine and process.state != "Z":
-            mine.add(pid)
-            if process.parent != os.getpid():
-                found.append(pid)
-    return found
 
 
 async def written(world: World, job_id: str) -> bytes:
@@ -72,7 +58,7 @@ async def test_it_runs_as_on_the_lane(tmp_path: Path) -> None:
         lines = await world.manager.lines(job.id, job.owner, 0, 100)
         assert sorted(line for _, _, line in lines) == ["began at 0", "ended", "printed"]
         assert (job.progress.done, job.progress.total) == (300, 300)
-        assert not workers()
+        assert not descendants()
 
 
 @pytest.mark.parametrize("warm_s", [30.0, 0.0])
@@ -87,9 +73,9 @@ async def test_a_pause_holds_it_and_it_goes_on(tmp_path: Path, warm_s: float) ->
             await world.until(job_id, PAUSED)
             if warm_s:
                 table = processes()
-                assert {table[pid].state for pid in workers()} == {"T"}
+                assert {table[pid].state for pid in descendants()} == {"T"}
             else:
-                await eventually(lambda: not workers(), "the end of the child")
+                await eventually(lambda: not descendants(), "the end of the child")
             await world.tell(job_id, "resume")
         job = await world.until(job_id, *states.FINAL)
         assert job.state == SUCCEEDED, job.error
@@ -108,7 +94,7 @@ async def test_a_clock_ends_it(tmp_path: Path, limits: dict[str, Any], code: str
     async with World(tmp_path, a_child("stubborn"), limits=Limits(**limits)) as world:
         job = await world.until(await world.start("stubborn"), *states.FINAL)
         assert (job.state, job.error and job.error["code"]) == (FAILED, code)
-        assert not workers()
+        assert not descendants()
 
 
 async def test_a_pause_stops_the_clock_of_a_child(tmp_path: Path) -> None:
@@ -139,7 +125,7 @@ async def test_a_cancel_unwinds_it(tmp_path: Path) -> None:
         await eventually(lambda: world.runners._live[job_id].meter.done > 0, "progress")
         await world.tell(job_id, "cancel")
         await world.until(job_id, CANCELLED)
-        assert not workers()
+        assert not descendants()
         assert not world.unfinished() and not world.published()
         assert not list((tmp_path / "work").iterdir())
         lines = await world.manager.lines(job_id, "ann", 0, 100)
@@ -151,28 +137,28 @@ async def test_a_stubborn_one_is_killed(tmp_path: Path) -> None:
     async with World(tmp_path, a_child("stubborn"), child_grace_s=0.2) as world:
         job_id = await world.start("stubborn")
         await world.until(job_id, RUNNING)
-        await eventually(lambda: len(workers()) >= 2, "its own child")
+        await eventually(lambda: len(descendants()) >= 2, "its own child")
         await world.tell(job_id, "pause")
         await world.until(job_id, PAUSED)
         table = processes()
-        assert {table[pid].state for pid in workers()} == {"T"}
+        assert {table[pid].state for pid in descendants()} == {"T"}
         await world.tell(job_id, "cancel")
         await world.until(job_id, CANCELLED)
-        assert not workers()
+        assert not descendants()
 
 
 async def test_force_kills_one_that_is_told_to_unwind(tmp_path: Path) -> None:
     """Who loses patience while a child may still unwind has it killed, and nothing is left."""
     async with World(tmp_path, a_child("stubborn"), child_grace_s=60) as world:
         job_id = await world.start("stubborn")
-        await eventually(lambda: len(workers()) == 2, "it runs, with what it has started")
+        await eventually(lambda: len(descendants()) == 2, "it runs, with what it has started")
         process = world.runners._live[job_id]
         await world.tell(job_id, "cancel")
         await eventually(lambda: not process._programs, "it is told to unwind")
         await world.tell(job_id, "cancel", force=True)
         await world.until(job_id, CANCELLED)
         await eventually(lambda: not len(world.children), "no child is left")
-        assert not workers()
+        assert not descendants()
 
 
 async def test_its_death_fails_the_job(tmp_path: Path) -> None:
@@ -181,7 +167,7 @@ async def test_its_death_fails_the_job(tmp_path: Path) -> None:
         job_id = await world.start("steps", {"steps": 10_000, "pause_s": 0.002})
         await world.until(job_id, RUNNING)
         await eventually(lambda: world.runners._live[job_id].meter.done > 0, "progress")
-        os.kill(workers()[0], signal.SIGKILL)
+        os.kill(descendants()[0], signal.SIGKILL)
         job = await world.until(job_id, *states.FINAL)
         assert job.state == FAILED and job.error is not None
         assert "SIGKILL" in job.error["detail"]
@@ -199,7 +185,7 @@ async def test_a_crash_goes_on_from_the_cursor(tmp_path: Path) -> None:
         assert job.state == SUCCEEDED, job.error
         assert job.attempt == 2
         assert await written(world, job_id) == EXPECTED
-        assert not workers()
+        assert not descendants()
 
 
 async def test_its_errors_are_told(tmp_path: Path) -> None:
@@ -223,7 +209,7 @@ async def test_undo_runs_in_the_service(tmp_path: Path) -> None:
     async with World(tmp_path, a_child("undoing")) as world:
         job_id = await world.start("undoing", {"path": str(tmp_path / "mark")})
         await eventually((tmp_path / "mark").exists, "the effect")
-        os.kill(workers()[0], signal.SIGKILL)
+        os.kill(descendants()[0], signal.SIGKILL)
         await world.until(job_id, FAILED)
         assert not (tmp_path / "mark").exists()
 
@@ -261,7 +247,7 @@ async def test_a_dead_warden_takes_all_along(tmp_path: Path, caplog: Any) -> Non
         assert warden is not None
         os.kill(warden.pid, signal.SIGKILL)
         await world.until(job_id, FAILED)
-        await eventually(lambda: not workers(), "the end of the child")
+        await eventually(lambda: not descendants(), "the end of the child")
         assert "warden" in caplog.text
         caplog.clear()
         job = await world.until(await world.start("steps", {"steps": 3}), *states.FINAL)

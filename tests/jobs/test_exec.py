@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gzip
 import hashlib
-import os
 import random
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from jobs.states import CANCELLED, FAILED, PAUSED, RUNNING, SUCCEEDED
 from jobs.warden import processes
 from storage import Job
 from tests.harness import FULL
-from tests.jobs.world import World, eventually
+from tests.jobs.world import World, descendants, eventually
 
 PROGRAMS = """
 [gzip]
@@ -125,18 +124,6 @@ def big(lines: int) -> bytes:
     """Numbers, one a line, in no order."""
     numbers = random.Random(1)
     return b"".join(b"%d\n" % numbers.randrange(1 << 40) for _ in range(lines))
-
-
-def descendants() -> list[int]:
-    """The processes of programs that run now; the warden is none."""
-    everybody = processes()
-    mine, found = {os.getpid()}, []
-    for pid in sorted(everybody):
-        if everybody[pid].parent in mine and everybody[pid].state != "Z":
-            mine.add(pid)
-            if everybody[pid].parent != os.getpid():
-                found.append(pid)
-    return found
 
 
 def cpu_ticks(pids: list[int]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from time import monotonic
@@ -22,6 +23,7 @@ from jobs.resolve import Resolver
 from jobs.runners import Runners
 from jobs.uploads import Limits as UploadLimits
 from jobs.uploads import Uploads
+from jobs.warden import processes
 from storage import By, Event, File, Job, Writer
 from storage.blobs_local import LocalBlobs
 from storage.state_sqlite import SqliteState
@@ -301,3 +303,15 @@ async def eventually(check: Callable[[], T], what: str, within_s: float = 10) ->
         assert monotonic() < end, f"not within {within_s} s: {what}"
         await asyncio.sleep(0.002)
     return value
+
+
+def descendants() -> list[int]:
+    """The processes of programs that run now; the warden is none."""
+    everybody = processes()
+    mine, found = {os.getpid()}, []
+    for pid in sorted(everybody):
+        if everybody[pid].parent in mine and everybody[pid].state != "Z":
+            mine.add(pid)
+            if everybody[pid].parent != os.getpid():
+                found.append(pid)
+    return found
