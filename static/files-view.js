@@ -4,8 +4,7 @@
 // files change rarely and have no live numbers of their own.
 
 import { ask, el, icon, notice } from "./dom.js";
-import * as format from "./format.js";
-import { words } from "./words.js";
+import { format, words } from "./words.js";
 
 export class FilesView {
   constructor(app) {

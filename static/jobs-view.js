@@ -6,9 +6,8 @@
 // first, always.
 
 import { el, icon, setAttr, setText, svg } from "./dom.js";
-import * as format from "./format.js";
 import { Row } from "./row.js";
-import { words } from "./words.js";
+import { format, words } from "./words.js";
 
 const GROUPS = {
   all: null,

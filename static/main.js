@@ -7,13 +7,12 @@
 import { Channel } from "./channel.js";
 import { announce, el, icon, liveRegion, notice, noticeShelf, setAttr, setText } from "./dom.js";
 import { FilesView } from "./files-view.js";
-import * as format from "./format.js";
 import { JobsView } from "./jobs-view.js";
 import { ProcessView } from "./process-view.js";
 import { sayEvent } from "./row.js";
 import { Store, fraction } from "./store.js";
 import { Uploads, dropped } from "./uploads.js";
-import { words } from "./words.js";
+import { format, words } from "./words.js";
 
 const BANNER_MS = 1000;
 const SILENT_MS = 4000;

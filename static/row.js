@@ -6,9 +6,8 @@
 // stays focused.
 
 import { announce, ask, copy, el, icon, openMenu, setAttr, setText, swapIcon } from "./dom.js";
-import * as format from "./format.js";
 import { fraction, isFinal, isTransfer } from "./store.js";
-import { words } from "./words.js";
+import { format, words } from "./words.js";
 
 const AWAY_MS = 3000;
 const STILL_MS = 4000;

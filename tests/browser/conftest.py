@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.conftest import missing
+from tests.browser.pages import Curl
+from tests.conftest import missing, need
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, Page
@@ -78,3 +82,35 @@ def page(context: BrowserContext, allowed: list[str]) -> Iterator[Page]:
     yield page
     unexpected = [line for line in seen if not any(part in line for part in allowed)]
     assert unexpected == []
+
+
+@pytest.fixture
+def curl() -> Iterator[Curl]:
+    """Run curl in the background; what is left of it ends with the test."""
+    need("curl")
+    started: list[subprocess.Popen[bytes]] = []
+
+    def run(*arguments: str) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            ["curl", "-sS", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[[str, int], Path]:
+    """Make a file of random bytes."""
+
+    def write(name: str, size: int) -> Path:
+        path = tmp_path / name
+        path.write_bytes(os.urandom(size))
+        return path
+
+    return write
