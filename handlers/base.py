@@ -54,6 +54,7 @@ _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,64}")
 _SAFE = ("GET", "HEAD", "OPTIONS")
 _OVERRIDES = ("PATCH", "DELETE", "HEAD")  # what a POST may stand for
 _LIMIT, _MOST = 50, 500  # items on a page
+_TEXT_CHARS = 200  # of a search
 _DISCARD_BYTES = 64 << 10  # a refused body so short is read, and the connection is kept
 
 SECURITY_HEADERS = {
@@ -545,6 +546,13 @@ def check_states(names: Iterable[str]) -> None:
     for name in names:
         if name not in STATES:
             raise SluiceError("invalid-field", f"{name[:40]!r} is no state.", field="state")
+
+
+def check_text(text: str | None) -> str | None:
+    """What a list is searched for, if it is; an empty text is none. Raises invalid-field."""
+    if text is not None and len(text) > _TEXT_CHARS:
+        raise SluiceError("invalid-field", f"q has at most {_TEXT_CHARS} characters.", field="q")
+    return text or None
 
 
 def _parameters(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from errors import SluiceError
 from handlers.auth import is_prefetch
-from handlers.base import BaseHandler
+from handlers.base import BaseHandler, check_text
 from handlers.send import send_stored
 from jobs.files import clean_name
 from jobs.rows import file_row
@@ -17,10 +18,17 @@ class FilesHandler(BaseHandler):
     """All files of the owner."""
 
     async def get(self) -> None:
-        """Newest first; ``name`` lists the versions of one name."""
-        values = self.query("limit", "after", "name")
+        """Newest first; ``name`` lists the versions of one name, ``newest`` one of each."""
+        values = self.query("limit", "after", "name", "newest", "q")
         limit, after = self.paging(values)
-        page = await self.services.files.list(self.caller.owner, values.get("name"), after, limit)
+        page = await self.services.files.list(
+            self.caller.owner,
+            values.get("name"),
+            after,
+            limit,
+            newest=_is_on(values, "newest"),
+            text=check_text(values.get("q")),
+        )
         self.reply(
             {
                 "items": [file_row(file) for file in page.items],
@@ -44,6 +52,13 @@ class FileHandler(BaseHandler):
         self.set_status(204)
 
 
+def _is_on(values: Mapping[str, str], name: str) -> bool:
+    """Whether a switch of the query is on. Raises invalid-field."""
+    if (value := values.get(name, "0")) not in ("0", "1"):
+        raise SluiceError("invalid-field", f"{name} can only be 0 or 1.", field=name)
+    return value == "1"
+
+
 class _Wishes(NamedTuple):
     """How the content is wanted."""
 
@@ -57,11 +72,10 @@ class _Reading(BaseHandler):
     def wishes(self) -> _Wishes:
         """The query's parameters. Raises invalid-field."""
         values = self.query("disposition", "track")
-        for name, known in (("disposition", ("attachment",)), ("track", ("0", "1"))):
-            if name in values and values[name] not in known:
-                detail = f"{name} can only be {' or '.join(known)}."
-                raise SluiceError("invalid-field", detail, field=name)
-        return _Wishes("disposition" in values, values.get("track") == "1")
+        if values.get("disposition", "attachment") != "attachment":
+            detail = "disposition can only be attachment."
+            raise SluiceError("invalid-field", detail, field="disposition")
+        return _Wishes("disposition" in values, _is_on(values, "track"))
 
 
 class ContentHandler(_Reading):

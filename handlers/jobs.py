@@ -17,7 +17,7 @@ import msgspec
 from msgspec import Meta
 
 from errors import SluiceError
-from handlers.base import BaseHandler, check_states
+from handlers.base import BaseHandler, check_states, check_text
 from handlers.fields import preferences, string
 from handlers.ranges import tags_of
 from jobs import Filter, Job
@@ -28,7 +28,6 @@ from jobs.states import FINAL, PAUSING, QUEUED, SCHEDULED
 _VERSION = re.compile(r'"?(0|[1-9][0-9]{0,17})"?')
 _KEY = re.compile(r"[ -~]{1,128}")
 _FILTERS = ("state", "kind", "owner")
-_TEXT_CHARS = 200
 _LONGEST_WAIT_S = 60
 _STARTS: Any = StartRequest | list[StartRequest]
 _ROWS = 50  # that are made before the loop gets its turn
@@ -305,11 +304,10 @@ def _where(
     mine: str, owners: Sequence[str], kinds: Sequence[str], states: Sequence[str], text: str | None
 ) -> Filter:
     """The jobs of an owner that a list names. Raises invalid-field."""
-    if text is not None and len(text) > _TEXT_CHARS:
-        raise SluiceError("invalid-field", f"q has at most {_TEXT_CHARS} characters.", field="q")
+    text = check_text(text)
     foreign = owners and mine not in owners
     return Filter(
-        owner="" if foreign else mine, kinds=tuple(kinds), states=tuple(states), text=text or None
+        owner="" if foreign else mine, kinds=tuple(kinds), states=tuple(states), text=text
     )
 
 

@@ -101,9 +101,18 @@ class Files:
             raise SluiceError("file-unknown", f"There is no file named {name[:255]!r}.")
         return file
 
-    async def list(self, owner: str, name: str | None, after: int | None, limit: int) -> Page[File]:
-        """Files, newest first."""
-        return await self._state.find_files(owner, name, after, limit)
+    async def list(
+        self,
+        owner: str,
+        name: str | None,
+        after: int | None,
+        limit: int,
+        *,
+        newest: bool = False,
+        text: str | None = None,
+    ) -> Page[File]:
+        """Files, newest first; see State.find_files."""
+        return await self._state.find_files(owner, name, after, limit, newest=newest, text=text)
 
     async def reader(self, file: File) -> Reader:
         """Open a file; it is readable to its end even if it is deleted meanwhile."""

@@ -198,9 +198,9 @@ class Boot(NamedTuple):
     same_boot: bool
 
 
-def matches_text(text: str, name: str, job_id: str) -> bool:
-    """Whether a search for a text finds a job: part of its name in any case, or all of its id."""
-    return text.casefold() in name.casefold() or text == job_id
+def matches_text(text: str, name: str, id: str) -> bool:
+    """Whether a search finds a job or a file: by part of its name in any case, or all of its id."""
+    return text.casefold() in name.casefold() or text == id
 
 
 class Filter(msgspec.Struct, frozen=True, kw_only=True):
@@ -505,9 +505,20 @@ class Files(Protocol):
         ...
 
     async def find_files(
-        self, owner: str, name: str | None, after: int | None, limit: int
+        self,
+        owner: str,
+        name: str | None,
+        after: int | None,
+        limit: int,
+        *,
+        newest: bool = False,
+        text: str | None = None,
     ) -> Page[File]:
-        """Files, newest first, with a number below ``after``."""
+        """Files, newest first, with a number below ``after``; of each name only the ``newest``.
+
+        With one of the last two, one call looks at a bounded number of files: a page may then have
+        fewer than ``limit``, even none, though ``next`` promises more.
+        """
         ...
 
     async def add_digests(self, digests: Mapping[str, Mapping[str, str]]) -> None:

@@ -984,9 +984,18 @@ class SqliteState:
         return _file(row) if row else None
 
     async def find_files(
-        self, owner: str, name: str | None, after: int | None, limit: int
+        self,
+        owner: str,
+        name: str | None,
+        after: int | None,
+        limit: int,
+        *,
+        newest: bool = False,
+        text: str | None = None,
     ) -> Page[File]:
         """See the contract."""
+        if newest or text is not None:
+            return self._search_files(owner, name, after, limit, newest, text)
         where, values = (
             ("owner = ?", [owner]) if name is None else ("owner = ? AND name = ?", [owner, name])
         )
@@ -996,6 +1005,36 @@ class SqliteState:
         ).fetchall()
         files = [_file(row) for row in rows[:limit]]
         return Page(files, files[-1].h if len(rows) > limit else None)
+
+    def _search_files(
+        self,
+        owner: str,
+        name: str | None,
+        after: int | None,
+        limit: int,
+        newest: bool,
+        text: str | None,
+    ) -> Page[File]:
+        """Walk down the files until the page is full, or enough were looked at."""
+        found: list[File] = []
+        looked, h = 0, after
+        for row in self._con.execute(
+            "SELECT doc, h, version, name, id FROM files WHERE owner = ? AND h < ?"
+            " AND (? IS NULL OR name = ?) ORDER BY h DESC LIMIT ?",
+            (owner, after if after is not None else _ABOVE, name, name, _SEARCH + 1),
+        ):
+            if looked == _SEARCH or len(found) == limit:
+                return Page(found, h)
+            looked, h = looked + 1, row[1]
+            if text is not None and not matches_text(text, row[3], row[4]):
+                continue
+            if not newest or self._is_newest(owner, row[3], h):
+                found.append(_file(row))
+        return Page(found, None)
+
+    def _is_newest(self, owner: str, name: str, h: int) -> bool:
+        newer = "SELECT 1 FROM files INDEXED BY files_name WHERE owner = ? AND name = ? AND h > ?"
+        return self._con.execute(newer, (owner, name, h)).fetchone() is None
 
     async def add_digests(self, digests: Mapping[str, Mapping[str, str]]) -> None:
         """See the contract. A power cut may lose them: they can be found again."""

@@ -74,9 +74,25 @@ def test_files_are_listed_newest_first_and_page_by_page(caller: Caller, name: st
     assert caller.get("/v1/files?name=none").json == {"items": [], "next": None}
 
 
+def test_the_newest_of_each_name_and_a_search(caller: Caller, name: str) -> None:
+    """newest=1 has one file of each name, q those with a part of it; both page as all lists do."""
+    ids = [caller.store(f"{name}-{part}", b"x") for part in ("One", "two", "One")]
+    listed = caller.get(f"/v1/files?newest=1&q={name}-").json
+    assert [file["id"] for file in listed["items"]] == [ids[2], ids[1]]
+    first = caller.get(f"/v1/files?newest=1&q={name}-&limit=1").json
+    assert [file["id"] for file in first["items"]] == [ids[2]]
+    rest = caller.get(f"/v1/files?newest=1&q={name}-&after={first['next']}").json
+    assert [file["id"] for file in rest["items"]] == [ids[1]]
+    assert len(caller.get(f"/v1/files?newest=0&q={name}-oNE").json["items"]) == 2
+    assert caller.get(f"/v1/files?q={ids[0]}").json["items"][0]["id"] == ids[0]
+
+
 @pytest.mark.parametrize(
     ("query", "field"),
     [
+        ("newest=2", "newest"),
+        ("newest=", "newest"),
+        (f"q={'x' * 201}", "q"),
         ("limit=0", "limit"),
         ("limit=501", "limit"),
         ("limit=x", "limit"),

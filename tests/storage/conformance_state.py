@@ -38,6 +38,7 @@ from storage import (
     Filter,
     Job,
     Key,
+    Page,
     Progress,
     Result,
     Rollback,
@@ -1630,6 +1631,39 @@ class Filing:
         rest = await state.find_files("ann", "a", named.next, 3)
         assert (ids(rest.items), rest.next) == (["0"], None)
         assert (await state.find_files("ann", "c", None, 3)).items == []
+
+    async def test_files_are_found_by_name_and_version(self, state: State) -> None:
+        """Part of the name or the id finds files; of each name the newest that is left is one."""
+        files = [a_file(f"f{i}", name=name) for i, name in enumerate(["Äa", "b", "ÄA", "b", "äa"])]
+        await store(state, *files)
+        await store(state, a_file("f9", owner="bob", name="b"))
+
+        async def find(after: int | None = None, limit: int = 9, **how: Any) -> Page[File]:
+            return await state.find_files("ann", how.pop("name", None), after, limit, **how)
+
+        assert ids((await find(newest=True)).items) == ["f4", "f3", "f2", "f0"]
+        assert ids((await find(text="ä")).items) == ["f4", "f2", "f0"]
+        assert ids((await find(text="f1")).items) == ["f1"]
+        assert ids((await find(text="b", newest=True)).items) == ["f3"]
+        assert ids((await find(name="b", newest=True)).items) == ["f3"]
+        assert ids((await find(name="b", text="a")).items) == []
+        first = await find(newest=True, limit=2)
+        rest = await find(first.next, newest=True, limit=2)
+        assert (ids(first.items), ids(rest.items)) == (["f4", "f3"], ["f2", "f0"])
+        assert rest.next is None
+        await state.delete_file("f3")
+        assert ids((await find(newest=True)).items) == ["f4", "f2", "f1", "f0"]
+
+    async def test_a_search_for_files_looks_at_a_bounded_number(self, state: State) -> None:
+        """However many versions a name has, one call ends soon; the pages together find all."""
+        await store(state, a_file("first", name="old"))
+        for start_at in range(0, 2500, 500):
+            await store(state, *(a_file(f"f{start_at + i}") for i in range(500)))
+        pages = [await state.find_files("ann", None, None, 9, newest=True)]
+        while (after := pages[-1].next) is not None:
+            pages.append(await state.find_files("ann", None, after, 9, newest=True))
+        assert 1 < len(pages) < 5
+        assert [file.id for page in pages for file in page.items] == ["f2499", "first"]
 
     async def test_a_deleted_file_is_gone(self, state: State) -> None:
         """No query finds it, its room is free, and deleting it again is fine."""
