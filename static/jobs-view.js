@@ -94,7 +94,6 @@ export class JobsView {
       autocomplete: "off", spellcheck: "false", oninput: () => { this.query = this.search.value.trim().toLowerCase(); this.relist(); } });
     this.list = el("ul", { class: "jobs", "aria-label": words.jobsLabel });
     this.end = el("p", { class: "end" });
-    this.mine = el("ul", { class: "mine", "aria-label": words.uploads.label, hidden: true });
     this.nothing = el("div", { class: "nothing", hidden: true }, el("p", {}, words.nothing),
       el("button", { type: "button", onclick: () => this.show("all", true) }, words.clear));
     this.drop = el("div", { class: "drop", hidden: true }, icon("drop"),
@@ -111,7 +110,7 @@ export class JobsView {
     this.bar = el("div", { class: "bar", hidden: true },
       el("div", { class: "chips", role: "group", "aria-label": words.filterLabel }, this.chips.map((chip) => chip.node)),
       this.search);
-    this.node = el("div", {}, this.overview.node, this.drop, this.mine, this.bar, this.list, this.nothing, this.end, this.empty);
+    this.node = el("div", {}, this.overview.node, this.drop, app.uploads.node, this.bar, this.list, this.nothing, this.end, this.empty);
     new IntersectionObserver((seen) => { if (seen.some((one) => one.isIntersecting)) this.extend(); }, { rootMargin: "600px" }).observe(this.end);
     app.store.listen((change) => this.changed(change));
   }
@@ -252,22 +251,5 @@ export class JobsView {
       }
     }));
     this.plan();
-  }
-
-  // Files of this tab that wait or are in trouble; what is under way is a row like any other.
-  uploads(items) {
-    const shown = items.filter((item) => item.status !== "sending" && item.status !== "paused");
-    this.mine.hidden = shown.length === 0;
-    this.mine.replaceChildren(...shown.map((item) => {
-      const { name, size } = item.file;
-      const s = Math.ceil((item.retryAt - Date.now()) / 1000);
-      const text = item.status === "failed" ? item.error : item.status === "waiting" ? words.uploads.waiting
-        : s > 0 ? words.uploads.lost(s) : words.uploads.trying;
-      const bad = item.status === "failed";
-      return el("li", { class: bad ? "bad" : null }, icon(bad ? "cross" : "clock"),
-        el("span", { class: "mine-name" }, name), el("span", { class: "mine-text" }, `${format.bytes(size)} · ${text}`),
-        bad ? el("button", { type: "button", class: "quiet", onclick: () => this.app.uploads.retry(item) }, words.uploads.again) : null,
-        el("button", { type: "button", class: "quiet", "aria-label": words.of(words.uploads.drop, name), onclick: () => this.app.uploads.drop(item) }, icon("cross")));
-    }));
   }
 }

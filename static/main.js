@@ -44,7 +44,7 @@ const app = { me: clientId(), store, places: new Map(), choose, chooseFor, go };
 const channel = new Channel({ tab, frame: (frame, first) => store.frame(frame, first), status });
 app.channel = channel;
 store.more = () => store.nextPage(channel);
-app.uploads = new Uploads(app.me, store, () => views.jobs.uploads([...app.uploads.items]));
+app.uploads = new Uploads(app);
 const views = { jobs: new JobsView(app), files: new FilesView(app), processes: new ProcessView(app) };
 
 // The frame of the page
@@ -99,11 +99,15 @@ function take(files) {
   if (files.length) go("jobs");
 }
 
+async function resume(row, file) {
+  if (!await app.uploads.goOn(row, file)) notice(words.uploads.other(row.name), true);
+}
+
 picker.addEventListener("change", () => {
   const files = [...picker.files];
   picker.value = "";
   if (!choosing) take(files);
-  else if (files[0] && !app.uploads.goOn(choosing, files[0])) notice(words.uploads.other(choosing.name), true);
+  else if (files[0]) resume(choosing, files[0]);
   choosing = null;
 });
 
@@ -124,9 +128,7 @@ addEventListener("drop", (event) => {
   event.preventDefault();
   depth = 0;
   shade.hidden = true;
-  const { files, folders } = dropped(event.dataTransfer);
-  for (const folder of folders) notice(words.drop.folder(folder), true);
-  take(files);
+  dropped(event.dataTransfer).then(take);
 });
 addEventListener("paste", (event) => {
   const files = [...(event.clipboardData?.files ?? [])];
@@ -167,7 +169,6 @@ function status() {
   if (state !== "lost" || down) wasLost = down;
   banner.hidden = !(down || (state === "lost" && wasLost));
   document.body.classList.toggle("stale", !banner.hidden);
-  if (app.uploads.items.size) views.jobs.uploads([...app.uploads.items]);
 }
 
 let titled = null;

@@ -1,237 +1,449 @@
-// Files on their way from this tab to the server, in blocks.
+// Files on their way from this tab to the server, over tus.
 //
-// Strategy. A block is one POST that names the offset it begins at, so whatever happens, the next step
-// is the same: ask how much is stored and go on from there. Progress, pause and cancel are not here:
-// the job's row shows them, and the server lets go of, holds or ends the request. Every upload has a
-// client label of its own, <me>.<fingerprint of the file>.<random>: names can't collide, and after a
-// reload the same file, chosen again, finds its unfinished job by the fingerprint.
+// Strategy. A small file is one request; a larger one is created, then sent whole. Whatever happens, the
+// next step is the same: ask how much is stored and go on from there. Pause, resume and cancel are the
+// job's: the server holds or ends the request. The label of an upload, <me>.<fingerprint of the
+// content>.<random>, is what finds it again: after an answer that was lost, after a reload, and by the
+// same file in another browser. What someone else is sending is left alone.
 
-import { words } from "./words.js";
+import { announce, ask, el, icon, notice, setText } from "./dom.js";
+import { format, words } from "./words.js";
 
-const FIRST_BLOCK = 8 << 20;
-const MOST_BLOCK = 64 << 20;
-const QUICK_MS = 2000;
+const MIB = 1 << 20;
+const SMALL = 8 * MIB;
+const MOST_BLOCK = 64 * MIB;
+const SAMPLE = 16 << 10;
 const AT_ONCE = 3;
+const SHOWN = 5;
+const MOST_FILES = 20000;
 const STEP_MS = 500;
 const MOST_MS = 15000;
+const COLLECTED_MS = 3000;
+const STUCK_MS = 30000;
+const RATE_S = 10;
+const AGAIN = [0, 408, 409, 423, 425, 429];
+const LABEL = /\.([0-9a-z]+-[0-9a-z]+)\.[0-9a-z]+$/;
 
+const say = words.uploads;
 const random = () => Math.floor(Math.random() * 2 ** 40).toString(36);
+const base64 = (text) => btoa(String.fromCharCode(...new TextEncoder().encode(text)));
+const pathOf = (file) => file.path ?? (file.webkitRelativePath || file.name);
+const printOf = (row) => (row.kind === "upload" && row.transfer?.protocol === "tus" && LABEL.exec(row.client)?.[1]) || null;
 
-export function fingerprint(file) {
-  const text = `${file.name}|${file.size}|${file.lastModified}`;
-  let a = 0xdeadbeef;
-  let b = 0x41c6ce57;
-  for (let i = 0; i < text.length; i += 1) {
-    a = Math.imul(a ^ text.charCodeAt(i), 2654435761);
-    b = Math.imul(b ^ text.charCodeAt(i), 1597334677);
+// The size, and a hash of samples from the whole length: all of a small file. crypto.subtle is missing
+// on plain http, and need not be: this only finds, the offset is the server's.
+async function fingerprint(file) {
+  const step = Math.max(SAMPLE, (file.size - SAMPLE) / 16);
+  const samples = [];
+  for (let at = 0; at < file.size; at += step) samples.push(file.slice(at, at + SAMPLE));
+  let a = 1;
+  let b = 2;
+  for (const byte of new Uint8Array(await new Blob(samples).arrayBuffer())) {
+    a = Math.imul(a ^ byte, 0x01000193);
+    b = Math.imul(b ^ (b >>> 13) ^ byte, 0x2c1b3c6d);
   }
-  return ((a >>> 0).toString(36) + (b >>> 0).toString(36)).padEnd(8, "0");
+  return `${file.size.toString(36)}-${(a >>> 0).toString(36)}${(b >>> 0).toString(36)}`;
 }
 
-class Stop extends Error {}
-
 export class Uploads {
-  constructor(me, store, onchange) {
-    this.me = me;
-    this.store = store;
-    this.items = new Set();
-    this.onchange = onchange;
-    addEventListener("beforeunload", (event) => {
-      if ([...this.items].some((item) => item.status !== "failed")) event.preventDefault();
+  constructor(app) {
+    this.app = app;
+    this.waiting = [];
+    this.active = new Set();
+    this.failed = [];
+    this.keys = new Set(); // of all these files
+    this.labels = new Map(); // label → item
+    this.held = false;
+    this.block = Infinity; // bytes in a request, once something between has shown that it needs a bound
+    this.most = MOST_BLOCK;
+    this.panel();
+    app.store.listen((change) => {
+      if (change.rows === null) this.wake();
+      else if (change.event && change.event.from !== change.event.to) this.of(change.event.row)?.wake?.();
+    });
+    addEventListener("online", () => this.wake());
+    addEventListener("beforeunload", (event) => { if (this.active.size || this.waiting.length) event.preventDefault(); });
+    // Else the server would hold a paused request for an hour, and take the upload for one being sent.
+    addEventListener("pagehide", () => {
+      for (const { id } of this.active) if (id) fetch(`/tus/${id}`, { method: "HEAD", keepalive: true }).catch(() => {});
     });
   }
 
   // The upload of this tab that a job belongs to.
   of(row) {
-    return [...this.items].find((item) => item.client === row.client && item.status !== "failed");
+    return this.labels.get(row.client);
   }
 
-  // An unfinished upload of this browser that nobody sends just now.
+  // Whether the same file, chosen here, can go on with it.
   isMine(row) {
-    return row.kind === "upload" && row.transfer?.protocol === "blocks" && row.client.startsWith(`${this.me}.`);
+    return printOf(row) !== null;
   }
 
   add(files) {
+    if (!this.active.size && !this.waiting.length) this.batch = { files: 0, done: 0, bytes: 0, stored: 0, at: performance.now(), seen: [] };
+    const twice = [];
+    const known = this.unfinished();
+    known.catch(() => {});
     for (const file of files) {
-      const print = `${this.me}.${fingerprint(file)}.`;
-      const rest = this.store.sorted.find((row) =>
-        row.client.startsWith(print) && this.isMine(row) && !row.ended_at && !row.transfer.connected && !this.of(row));
-      this.enter(file, rest ? rest.client : print + random(), Boolean(rest));
+      const path = pathOf(file);
+      const key = `${path}|${file.size}|${file.lastModified}`;
+      if (this.keys.has(key)) twice.push(file.name);
+      else this.enter({ file, path, key, known });
     }
+    if (twice.length) notice(say.twice(twice[0], twice.length), true);
+    this.next();
   }
 
   // Go on with one job; false if it is another file.
-  goOn(row, file) {
-    if (!row.client.startsWith(`${this.me}.${fingerprint(file)}.`)) return false;
-    if (!this.of(row)) this.enter(file, row.client, true);
+  async goOn(row, file) {
+    if (this.of(row)) return true;
+    try {
+      if (await fingerprint(file) !== printOf(row)) return false;
+      if ((await this.json(`/v1/jobs/${row.id}`)).transfer?.connected) notice(say.elsewhere(row.name), true);
+      else {
+        this.add([]);
+        this.enter({ file, path: row.name, key: row.client, id: row.id, label: row.client });
+        this.next();
+      }
+    } catch {
+      notice(say.unreadable(file.name), true);
+    }
     return true;
   }
 
-  enter(file, client, begun) {
-    const item = { file, client, status: "waiting", begun, error: "", retryAt: 0, wake: null };
-    this.items.add(item);
-    this.changed();
-    this.next();
-  }
-
-  retry(item) {
-    item.status = "waiting";
-    this.changed();
-    this.next();
-  }
-
-  drop(item) {
-    item.dropped = true;
-    item.wake?.();
-    this.items.delete(item);
-    this.changed();
-    this.next();
-  }
-
-  changed() {
-    this.onchange();
+  enter(item) {
+    Object.assign(item, { at: null, begun: 0, loaded: 0 });
+    this.keys.add(item.key);
+    if (item.label) this.labels.set(item.label, item);
+    this.waiting.push(item);
+    this.batch.files += 1;
+    this.batch.bytes += item.file.size;
   }
 
   next() {
-    const active = [...this.items].filter((item) => !["waiting", "failed"].includes(item.status)).length;
-    for (const item of [...this.items].filter((one) => one.status === "waiting").slice(0, AT_ONCE - active)) {
-      item.status = "sending";
+    while (!this.held && this.waiting.length && this.active.size < AT_ONCE) {
+      const item = this.waiting.shift();
+      this.active.add(item);
       this.run(item);
     }
+    this.show();
   }
 
-  async run(item) {
-    try {
-      await this.send(item);
-      this.items.delete(item);
-    } catch (error) {
-      if (error instanceof Stop) {
-        if (!error.message) this.items.delete(item); // the row says what has happened
-        item.error = error.message;
-      } else {
-        item.error = words.uploads.unreadable(item.file.name);
-      }
-      item.status = "failed";
-    }
-    this.changed();
+  // why: undefined if it is stored, null if its row says what has happened, else what to say here.
+  end(item, why) {
+    if (!this.active.delete(item)) return;
+    if (why) {
+      item.why = why;
+      this.failed.push(item);
+      notice(`${item.file.name}: ${why}`, true);
+    } else this.forget(item, why === undefined);
     this.next();
   }
 
-  async send(item) {
-    const { file } = item;
-    let at = item.begun ? await this.offset(item) : 0;
-    let size = FIRST_BLOCK;
-    let tries = 0;
-    while (at !== null) {
+  forget(item, stored) {
+    this.keys.delete(item.key);
+    this.labels.delete(item.label);
+    if (stored) {
+      this.batch.done += 1;
+      this.batch.stored += item.file.size;
+    } else {
+      this.batch.files -= 1;
+      this.batch.bytes -= item.file.size;
+    }
+  }
+
+  again(item) {
+    this.failed.splice(this.failed.indexOf(item), 1);
+    item.known = null;
+    item.at = null;
+    this.waiting.unshift(item);
+    this.next();
+  }
+
+  giveUp(item) {
+    this.failed.splice(this.failed.indexOf(item), 1);
+    this.forget(item, false);
+    this.show();
+  }
+
+  // One file, until it is stored or nothing more can be done.
+  async run(item) {
+    for (let tries = 0; this.active.has(item); ) {
+      const { at } = item;
+      try {
+        await item.file.slice(0, 1).arrayBuffer(); // throws if it has changed or gone
+        item.print ??= await fingerprint(item.file);
+      } catch {
+        return this.end(item, say.unreadable);
+      }
       const from = performance.now();
-      const block = file.slice(at, at + size);
-      if (block.size) await block.slice(0, 1).arrayBuffer(); // throws if the file has changed or gone
-      const { status, body } = await this.post(item, at, block);
-      if (item.dropped) throw new Stop("");
-      if (status === 200) {
-        item.begun = true;
-        item.status = "sending";
-        tries = 0;
-        if (body.is_complete) return;
-        at = body.bytes_read;
-        if (performance.now() - from < QUICK_MS) size = Math.min(MOST_BLOCK, size * 2);
+      const answer = await this.step(item);
+      if (!this.active.has(item)) return undefined;
+      const { status, code, detail, offset, wait_s: wait } = answer;
+      if (status === 200 || status === 201 || status === 204) {
+        item.at = offset ?? 0;
+        if (item.at === item.file.size) return this.end(item);
+        if (at !== null && item.at > at) tries = 0;
+        if (status === 204) this.pace(performance.now() - from);
+        if (status === 201 && this.held) await this.command("pause", item);
         continue;
       }
-      if (body?.code === "upload-terminated") throw new Stop("");
-      const goesOn = status === 0 || status === 408 || status === 429 || status === 503
-        || ["offset-mismatch", "upload-busy", "upload-finishing"].includes(body?.code);
-      if (!goesOn) throw new Stop(`${body?.detail ?? status} ${body?.next ?? ""}`.trim());
-      size = FIRST_BLOCK;
-      if (body?.code === "paused-too-long") await this.resumed(item);
-      else if (body?.code !== "offset-mismatch" || tries > 0) await this.backOff(item, tries);
-      tries += 1;
-      at = await this.offset(item);
+      if (status === -1) continue; // found, to be asked
+      item.at = null;
+      if (code === "elsewhere" || code === "upload-taken-over") return this.end(item, say.elsewhere(item.file.name));
+      if (item.id && (status === 404 || status === 410)) {
+        const row = await this.json(`/v1/jobs/${item.id}`).catch((error) => error);
+        if (row.state) return this.end(item, row.state === "succeeded" ? undefined : null);
+        if (row.status === 404) return this.end(item, say.ended);
+      } else if (status === 413 && !code && this.block > MIB) this.most = this.block = Math.max(MIB, Math.min(this.block, item.file.size, MOST_BLOCK) / 4);
+      else if (status === 413 && !code) return this.end(item, say.limit);
+      else if (!AGAIN.includes(status) && (status < 500 || status === 507)) return this.end(item, detail || say.refused(status));
+      else {
+        item.lost = status === 0;
+        await new Promise((resolve) => {
+          item.wake = resolve;
+          setTimeout(resolve, wait ? wait * 1000 : Math.random() * Math.min(MOST_MS, STEP_MS * 2 ** tries));
+        });
+        item.wake = null;
+        item.lost = false;
+        tries += 1;
+      }
     }
+    return undefined;
   }
 
-  async post(item, at, block) {
-    const query = new URLSearchParams({ file_name: item.file.name, bytes_read: at, file_size: item.file.size });
-    const headers = { "X-Client-Id": item.client, "Content-Type": "application/octet-stream" };
-    return this.request(`/upload/?${query}`, { method: "POST", headers, body: block });
-  }
-
-  async request(url, options) {
+  // The next request of a file.
+  async step(item) {
+    const { file } = item;
+    if (item.at !== null) {
+      const body = file.slice(item.at, item.at + this.block);
+      return this.request(item, "PATCH", `/tus/${item.id}`, { "Upload-Offset": item.at }, body);
+    }
+    if (item.id) return this.request(item, "HEAD", `/tus/${item.id}`);
+    // A label that is there already was sent before: its answer may have been lost.
+    const same = (row) => row.client === item.label
+      || (printOf(row) === item.print && row.name.split("/").pop() === file.name.normalize() && !this.of(row));
     try {
-      const answer = await fetch(url, options);
-      return { status: answer.status, body: await answer.json() };
-    } catch {
-      return { status: 0, body: null };
-    }
-  }
-
-  // Where to go on; null if the job has succeeded. Asks until the server answers.
-  async offset(item) {
-    const query = new URLSearchParams({ file_name: item.file.name });
-    for (let tries = 0; ; tries += 1) {
-      if (item.dropped) throw new Stop("");
-      const { status, body } = await this.request(`/upload/?${query}`, { headers: { "X-Client-Id": item.client }, cache: "no-store" });
-      if (status === 200 && !body.is_complete) {
-        item.begun = true;
-        item.status = "sending";
-        return body.bytes_read;
+      const row = (await (item.known ?? this.unfinished())).find(same);
+      item.known = null;
+      if (row) {
+        if (row.client !== item.label && row.transfer.connected) return { code: "elsewhere" };
+        item.id = row.id;
+        this.labels.set(item.label = row.client, item);
+        return { status: -1 };
       }
-      // Nothing unfinished is there (a finished file of that name may be anyone's): what became of the job?
-      if (status === 200 || status === 404) {
-        const ended = await this.ended(item);
-        if (ended === "succeeded") return null;
-        if (ended === "none" && !item.begun) return 0;
-        if (ended === "none") throw new Stop(words.uploads.ended(item.file.name));
-        if (ended !== "unknown") throw new Stop("");
-      }
-      await this.backOff(item, tries);
+    } catch (error) {
+      item.known = null;
+      return { status: error.status ?? 0 };
     }
+    item.label ??= `${this.app.me}.${item.print}.${random()}`;
+    this.labels.set(item.label, item);
+    const about = { filename: file.name, filetype: file.type, relativePath: item.path };
+    const headers = { "X-Client-Id": item.label, "Upload-Length": file.size,
+      "Upload-Metadata": Object.entries(about).filter(([, value]) => value).map(([key, value]) => `${key} ${base64(value)}`).join() };
+    return this.request(item, "POST", "/tus/", headers, file.size <= Math.min(SMALL, this.block) ? file : null);
   }
 
-  async ended(item) {
-    const { status, body } = await this.request("/v1/jobs?kind=upload&limit=200", { cache: "no-store" });
-    if (status !== 200) return "unknown";
-    return body.items.find((row) => row.client === item.client)?.state ?? "none";
-  }
-
-  async backOff(item, tries) {
-    const wait = Math.random() * Math.min(MOST_MS, STEP_MS * 2 ** tries);
-    item.status = "lost";
-    item.retryAt = Date.now() + wait;
-    this.changed();
-    await new Promise((resolve) => {
-      item.wake = resolve;
-      setTimeout(resolve, wait);
-    });
-    if (item.dropped) throw new Stop("");
-  }
-
-  // Returns when the row is no longer paused.
-  async resumed(item) {
-    item.status = "paused";
-    this.changed();
-    await new Promise((resolve) => {
-      item.wake = resolve;
-      const look = () => {
-        const row = this.store.sorted.find((one) => one.client === item.client);
-        if (row && ["paused", "pausing"].includes(row.state)) return;
-        stop();
-        resolve();
+  request(item, method, url, headers = {}, body = null) {
+    return new Promise((resolve) => {
+      const xhr = new XMLHttpRequest();
+      const got = (name) => xhr.getResponseHeader(name);
+      xhr.open(method, url);
+      for (const [name, value] of Object.entries(headers)) xhr.setRequestHeader(name, value);
+      if (body) {
+        xhr.setRequestHeader("Content-Type", "application/offset+octet-stream");
+        Object.assign(item, { xhr, loaded: 0, size: body.size, movedAt: performance.now(), sentAt: null });
+        xhr.upload.onprogress = ({ loaded }) => {
+          item.loaded = loaded;
+          item.movedAt = performance.now();
+          if (loaded >= MIB) item.sentAt ??= item.movedAt;
+        };
+      }
+      xhr.onloadend = () => {
+        item.xhr = null;
+        let problem = {};
+        try {
+          problem = JSON.parse(xhr.responseText);
+        } catch { /* not ours, or none */ }
+        const address = xhr.status === 201 && got("Location");
+        if (address) item.id = address.split("/").pop();
+        const offset = xhr.status && got("Upload-Offset");
+        resolve({ status: xhr.status, code: problem.code, detail: [problem.detail, problem.next].filter(Boolean).join(" "),
+          offset: offset ? Number(offset) : null, wait_s: xhr.status && Number(got("Retry-After")) });
       };
-      const stop = this.store.listen(look);
-      look();
+      xhr.send(body);
     });
+  }
+
+  async json(url) {
+    const answer = await fetch(url, { cache: "no-store" });
+    if (!answer.ok) throw Object.assign(new Error(), { status: answer.status });
+    return answer.json();
+  }
+
+  // All uploads that wait for bytes.
+  async unfinished() {
+    const rows = [];
+    for (let after = ""; after !== null; ) {
+      const page = await this.json(`/v1/jobs?kind=upload&state=running&state=pausing&state=paused&limit=200${after}`);
+      rows.push(...page.items);
+      after = page.next && `&after=${page.next}`;
+    }
+    return rows;
+  }
+
+  pace(ms) {
+    if (this.block < Infinity) this.block = Math.max(MIB / 4, Math.min(this.most, this.block * (ms < 1000 ? 2 : ms > 4000 ? 0.5 : 1)));
+  }
+
+  wake() {
+    for (const item of this.active) item.wake?.();
+  }
+
+  // Each second: is a request stuck, or does something between here and the server collect it?
+  watch() {
+    const { store, channel } = this.app;
+    const now = performance.now();
+    for (const item of this.active) {
+      const row = this.rowOf(item);
+      if (!item.xhr || channel.state !== "live" || (row && row.state !== "running")) {
+        item.sentAt &&= now;
+        item.movedAt = now;
+        continue;
+      }
+      const stored = row?.progress.done ?? 0;
+      if (now - item.sentAt > COLLECTED_MS && item.sentAt && stored <= (item.at ?? 0) && this.block === Infinity) {
+        this.block = 4 * MIB;
+        notice(this.note = say.collected, true);
+      }
+      const whole = item.loaded >= item.size;
+      if (!whole && (item.size > this.block * 2 || now - Math.max(item.movedAt, row?.movedAt ?? 0) > STUCK_MS)) item.xhr.abort();
+    }
+    if (store.ready) this.show();
+  }
+
+  rowOf(item) {
+    return item.id ? this.app.store.rows.get(item.id) : this.app.store.sorted.find((row) => row.client === item.label);
+  }
+
+  // For all of this tab
+
+  async command(op, item) {
+    const id = item.id ?? this.rowOf(item)?.id;
+    try {
+      if (id) await this.app.channel.command(op, id);
+      return true;
+    } catch (error) {
+      if (error.code === "offline") notice(words.refused(words.act[op], words.offline), true);
+      return error.code !== "offline";
+    }
+  }
+
+  pauseAll() {
+    this.held = true;
+    for (const item of this.active) this.command("pause", item);
+    this.show();
+  }
+
+  resumeAll() {
+    this.held = false;
+    for (const item of this.active) this.command("resume", item);
+    this.next();
+  }
+
+  async cancelAll() {
+    for (const item of this.waiting.splice(0)) this.forget(item, false);
+    for (const item of [...this.active]) {
+      if (!await this.command("cancel", item)) continue;
+      item.xhr?.abort();
+      this.end(item, null);
+    }
+    this.held = false;
+    this.next();
+  }
+
+  // What is shown of all that
+
+  panel() {
+    const button = (label, run) => el("button", { type: "button", onclick: run }, label);
+    this.text = el("span", { class: "sending-text" });
+    this.meter = el("progress", { max: 1, "aria-label": say.label });
+    this.hold = button(say.pauseAll, () => (this.held ? this.resumeAll() : this.pauseAll()));
+    this.stop = button(say.cancelAll, async () => {
+      if (await ask(say.sure, el("p", {}, say.sureText), [{ value: "", label: say.keep }, { value: "yes", label: say.cancelAll, kind: "danger" }])) this.cancelAll();
+    });
+    this.close = el("button", { type: "button", class: "quiet", "aria-label": words.dismiss, onclick: () => { this.node.hidden = true; } }, icon("cross"));
+    this.sub = el("p", { class: "sub" });
+    this.bad = el("ul");
+    this.more = el("details", {}, this.head = el("summary"), this.bad);
+    this.node = el("section", { class: "sending", "aria-label": say.label, hidden: true },
+      el("div", {}, this.text, this.hold, this.stop, this.close), this.meter, this.sub, this.more);
+  }
+
+  show() {
+    const { active, waiting, failed, batch } = this;
+    const busy = active.size + waiting.length;
+    this.timer = busy ? this.timer ?? setInterval(() => this.watch(), 1000) : clearInterval(this.timer) ?? null;
+    if (!batch) return;
+    let stored = batch.stored;
+    for (const item of active) stored += Math.min(item.file.size, this.rowOf(item)?.progress.done ?? item.at ?? 0);
+    const now = performance.now();
+    const { seen } = batch;
+    if (!seen.length || now - seen.at(-1).now > 500) seen.push({ now, stored });
+    if (seen.length > RATE_S) seen.shift();
+    const rate = (1000 * (stored - seen[0].stored)) / (now - seen[0].now);
+    const moving = !this.held && rate > 0;
+    if (busy) this.node.hidden = false;
+    setText(this.text, busy
+      ? say.sum(format.count(batch.files), format.count(batch.done), format.count(waiting.length), [format.pair(stored, batch.bytes, "bytes"),
+        moving && format.rate(rate, "bytes"), moving && format.left(Array(2).fill((batch.bytes - stored) / rate))])
+      : say.done(batch.done, format.bytes(batch.stored), format.duration((now - batch.at) / 1000)));
+    if (!busy && batch.busy && batch.done) announce(this.text.textContent);
+    batch.busy = busy;
+    this.meter.value = batch.bytes ? stored / batch.bytes : 1;
+    setText(this.hold, this.held ? say.resumeAll : say.pauseAll);
+    this.hold.hidden = this.stop.hidden = !busy;
+    this.close.hidden = Boolean(busy);
+    setText(this.sub, [...active].some((item) => item.lost) ? say.lost : this.held ? say.held : this.note ?? "");
+    this.more.hidden = !failed.length;
+    setText(this.head, say.failed(failed.length, failed[0]?.file.name));
+    const lines = failed.slice(0, SHOWN).map((item) => this.problem(item));
+    if (failed.length > SHOWN) lines.push(el("li", {}, say.more(failed.length - SHOWN)));
+    if (this.shown !== (this.shown = failed.map((item) => item.key + item.why).join())) this.bad.replaceChildren(...lines);
+  }
+
+  problem(item) {
+    const { name } = item.file;
+    return el("li", { class: "bad" }, `${name}: ${item.why} `, ...[[say.again, "again"], [say.drop, "giveUp"]].map(([label, does]) =>
+      el("button", { type: "button", class: "quiet", "aria-label": words.of(label, name), onclick: () => this[does](item) }, label)));
   }
 }
 
-// The files of a drop; folders are named, not taken.
-export function dropped(transfer) {
+// The files of a drop, those of folders with their paths, in order. What can't be read is said once.
+export async function dropped(transfer) {
+  const todo = [...transfer.items].filter((item) => item.kind === "file")
+    .map((item) => item.webkitGetAsEntry?.() ?? item.getAsFile()).reverse();
   const files = [];
-  const folders = [];
-  for (const item of transfer.items) {
-    if (item.kind !== "file") continue;
-    const entry = item.webkitGetAsEntry?.();
-    if (entry?.isDirectory) folders.push(entry.name);
-    else files.push(item.getAsFile());
+  const unread = [];
+  while (todo.length) {
+    const entry = todo.pop();
+    try {
+      if (files.length === MOST_FILES) {
+        notice(say.many(format.count(MOST_FILES)), true);
+        break;
+      } else if (entry.isDirectory) {
+        const reader = entry.createReader();
+        const inside = [];
+        for (let some = [0]; some.length; inside.push(...some)) some = await new Promise((done, fail) => reader.readEntries(done, fail));
+        todo.push(...inside.reverse());
+      } else if (entry.isFile) {
+        const file = await new Promise((done, fail) => entry.file(done, fail));
+        files.push(Object.assign(file, { path: entry.fullPath.slice(1) }));
+      } else files.push(entry);
+    } catch {
+      unread.push(entry?.name ?? "?");
+    }
   }
-  return { files: files.filter(Boolean), folders };
+  if (unread.length) notice(say.unread(unread[0], unread.length), true);
+  return files;
 }
