@@ -79,7 +79,7 @@ export function announce(text) {
 }
 
 // Short messages at the foot of the page; a bad one stays longer.
-const shelf = el("div", { class: "notices" });
+const shelf = el("aside", { class: "notices", "aria-label": words.notices });
 export const noticeShelf = shelf;
 export function notice(text, bad = false) {
   announce(text);
@@ -118,7 +118,7 @@ export function openMenu(button, items) {
     event.preventDefault();
     event.stopPropagation();
   });
-  document.body.append(menu);
+  document.querySelector("main").append(menu); // what is outside of landmarks is passed over
   const box = button.getBoundingClientRect();
   const size = menu.getBoundingClientRect();
   const below = box.bottom + size.height + 8 < innerHeight;

@@ -110,7 +110,7 @@ export class JobsView {
     this.bar = el("div", { class: "bar", hidden: true },
       el("div", { class: "chips", role: "group", "aria-label": words.filterLabel }, this.chips.map((chip) => chip.node)),
       this.search);
-    this.node = el("div", {}, this.overview.node, this.drop, app.uploads.node, this.bar, this.list, this.nothing, this.end, this.empty);
+    this.node = el("div", {}, el("h1", { class: "hush" }, words.jobsLabel), this.overview.node, this.drop, app.uploads.node, this.bar, this.list, this.nothing, this.end, this.empty);
     new IntersectionObserver((seen) => { if (seen.some((one) => one.isIntersecting)) this.extend(); }, { rootMargin: "600px" }).observe(this.end);
     app.store.listen((change) => this.changed(change));
   }

@@ -56,9 +56,9 @@ const liveNode = el("span", { class: "live" }, el("span", { class: "dot" }), liv
 const bannerText = el("span");
 const bannerNext = el("span", { class: "banner-next" });
 const bannerButton = el("button", { type: "button", onclick: () => (channel.state === "ended" ? location.reload() : channel.retry()) });
-const banner = el("div", { class: "banner", hidden: true }, icon("clock"), bannerText, bannerNext, bannerButton);
+const banner = el("aside", { class: "banner", "aria-label": words.bannerLabel, hidden: true }, icon("clock"), bannerText, bannerNext, bannerButton);
 const main = el("main", { id: "main", tabindex: "-1" }, Object.values(views).map((view) => view.node));
-const picker = el("input", { type: "file", multiple: true, class: "hush", id: "picker", tabindex: "-1", "aria-label": words.drop.upload });
+const picker = el("input", { type: "file", multiple: true, hidden: true, id: "picker" });
 const shade = el("div", { class: "shade", hidden: true }, icon("drop"), el("strong", {}, words.drop.here));
 document.body.prepend(
   el("a", { class: "skip", href: "#main", onclick: (event) => { event.preventDefault(); main.focus(); } }, words.skip),

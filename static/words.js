@@ -13,6 +13,7 @@ export const words = {
   silent: (s) => `no news for ${s} s`,
   lost: "offline",
 
+  bannerLabel: "Connection",
   banner: {
     lost: (at) => `The connection was lost at ${at}. What you see is from then.`,
     restart: "The server is restarting. What you see is from before.",
@@ -181,6 +182,7 @@ export const words = {
   copyByHand: "Copy this text",
   close: "Close",
   dismiss: "Dismiss",
+  notices: "Notices",
 };
 
 // Numbers, sizes, rates, durations and dates, over Intl. A pair of sizes shares its unit ("7.4 of 12.1 GB"),
