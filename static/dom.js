@@ -1,10 +1,13 @@
-// Elements, icons, menu, dialog, notices.
+// Elements, icons, sparkline, menu, dialog, notices.
 //
 // Strategy: names come from strangers, so text only ever enters the page as a text node; nothing here
-// parses markup. One menu, one dialog and one live region exist at a time. Styles are classes, or are
-// set through the CSSOM, which the page's policy allows.
+// parses markup. One menu and one live region exist at a time. Styles are classes, or are set through the
+// CSSOM, which the page's policy allows.
 
 import { words } from "./words.js";
+
+const UNDO_MS = 5000;
+const SAY_MS = 300;
 
 export function el(tag, props = {}, ...children) {
   const node = document.createElement(tag);
@@ -28,6 +31,9 @@ export function setAttr(node, name, value) {
   } else if (node.getAttribute(name) !== String(value)) node.setAttribute(name, String(value));
 }
 
+// A button with a word, or with a sign and the word for its name.
+export const button = (label, onclick, props = {}) => el("button", { type: "button", onclick, ...props }, label);
+
 const STROKES = {
   logo: "M3 4v12M17 4v12M3 8h14M8 13c1.3-1.2 2.7-1.2 4 0",
   up: "M10 16V4.5M5.5 9 10 4.5 14.5 9",
@@ -42,24 +48,27 @@ const STROKES = {
   file: "M5.5 3h6l3.5 3.5V17h-9.5zM11.5 3v3.5H15",
   trash: "M4.5 6h11M8 6V4.2h4V6M6 6l.7 10.5h6.6L14 6",
   jobs: "M4 5.5h12M4 10h8M4 14.5h10",
+  chart: "M3.5 16.5h13M5 13l3.5-4 3 2.5L16 5",
+  moon: "M15.5 11.8A6.2 6.2 0 0 1 8.2 4.5a6.2 6.2 0 1 0 7.3 7.3Z",
+  help: "M7.5 7.6a2.5 2.5 0 1 1 3.6 2.3c-.8.4-1.1.9-1.1 1.7M10 14.6v.1",
 };
 const FILLS = {
   pause: "M5.5 4.5h3v11h-3zM11.5 4.5h3v11h-3z",
   play: "M6.5 4.2v11.6L16 10z",
   more: "M3.6 10a1.4 1.4 0 1 0 2.8 0 1.4 1.4 0 0 0-2.8 0M8.6 10a1.4 1.4 0 1 0 2.8 0 1.4 1.4 0 0 0-2.8 0M13.6 10a1.4 1.4 0 1 0 2.8 0 1.4 1.4 0 0 0-2.8 0",
 };
-const SVG = "http://www.w3.org/2000/svg";
 
-export function svg(tag, props) {
-  const node = document.createElementNS(SVG, tag);
+export function svg(tag, props, ...children) {
+  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
   for (const [name, value] of Object.entries(props)) node.setAttribute(name, value);
+  node.append(...children);
   return node;
 }
 
 export function icon(name) {
   const filled = name in FILLS;
-  const node = svg("svg", { viewBox: "0 0 20 20", class: filled ? "icon solid" : "icon", "aria-hidden": "true" });
-  node.append(svg("path", { d: filled ? FILLS[name] : STROKES[name] }));
+  const node = svg("svg", { viewBox: "0 0 20 20", class: filled ? "icon solid" : "icon", "aria-hidden": "true" },
+    svg("path", { d: filled ? FILLS[name] : STROKES[name] }));
   node.dataset.icon = name;
   return node;
 }
@@ -71,66 +80,103 @@ export function swapIcon(parent, name) {
   else parent.prepend(icon(name));
 }
 
-// The one polite live region.
-const live = el("div", { class: "hush", role: "status", "aria-live": "polite", id: "live" });
-export const liveRegion = live;
+// The last so many values as a line that ends at the right; for the eye only, numbers stand beside it.
+export class Spark {
+  constructor(most = 60) {
+    this.most = most;
+    this.line = svg("polyline", { class: "line" });
+    this.area = svg("polygon", { class: "area" });
+    this.node = svg("svg", { class: "spark", viewBox: "0 0 100 28", preserveAspectRatio: "none", "aria-hidden": "true" }, this.area, this.line);
+  }
+
+  set(values) {
+    const top = Math.max(...values, 1);
+    const x = (i) => (((this.most - values.length + i) / (this.most - 1)) * 100).toFixed(1);
+    const points = values.map((value, i) => `${x(i)},${(26 - (value / top) * 24).toFixed(1)}`).join(" ");
+    setAttr(this.line, "points", points);
+    setAttr(this.area, "points", values.length ? `${x(0)},28 ${points} 100,28` : "");
+  }
+}
+
+// The one polite live region. What comes in a burst is said in one sentence.
+export const liveRegion = el("div", { class: "hush", role: "status", "aria-live": "polite", id: "live" });
+let said = [];
 export function announce(text) {
-  live.textContent = text;
+  if (said.push(text) > 1) return;
+  setTimeout(() => {
+    const last = said.slice(-3).join(" ");
+    liveRegion.textContent = said.length > 3 ? `${words.said.more(said.length - 3)} ${last}` : last;
+    said = [];
+  }, SAY_MS);
 }
 
-// Short messages at the foot of the page; a bad one stays longer.
-const shelf = el("aside", { class: "notices", "aria-label": words.notices });
-export const noticeShelf = shelf;
-export function notice(text, bad = false) {
+// Short messages at the foot of the page; a bad one stays longer, and none goes while it is looked at.
+export const noticeShelf = el("aside", { class: "notices", "aria-label": words.notices });
+export function notice(text, bad = false, acts = [], ms = bad ? 12000 : UNDO_MS, over = () => {}) {
   announce(text);
-  const node = el("div", { class: bad ? "notice bad" : "notice" }, el("span", {}, text),
-    el("button", { type: "button", class: "quiet", "aria-label": words.dismiss, onclick: () => node.remove() }, icon("cross")));
-  shelf.append(node);
-  setTimeout(() => node.remove(), bad ? 12000 : 5000);
+  const node = el("div", { class: bad ? "notice bad" : "notice" }, el("span", {}, text), acts,
+    button(icon("cross"), () => { node.remove(); over(); }, { class: "quiet", "aria-label": words.dismiss }));
+  const end = () => {
+    if (node.matches(":hover, :focus-within")) setTimeout(end, 1000);
+    else if (node.isConnected) {
+      node.remove();
+      over();
+    }
+  };
+  noticeShelf.append(node);
+  setTimeout(end, ms);
+  return node;
 }
 
-let closeMenu = () => {};
+const owed = new Set();
+addEventListener("pagehide", () => owed.forEach((run) => run()));
 
-// items: [{label, run, danger}]; arrow keys, Home, End, Escape, Tab and a click elsewhere work.
-export function openMenu(button, items) {
-  const again = button.getAttribute("aria-expanded") === "true";
-  closeMenu();
-  if (again) return;
+// Do it in five seconds, unless Undo is pressed; at once if the page is left.
+export function later(text, run, undone) {
+  const go = () => { if (owed.delete(go)) run(); };
+  const undo = button(words.undo, () => {
+    owed.delete(go);
+    node.remove();
+    undone();
+  }, { class: "undo" });
+  owed.add(go);
+  const node = notice(text, false, undo, UNDO_MS, go);
+}
+
+// items: [{label, run, danger}]; arrow keys, Home, End and Tab here, Escape and a click elsewhere by the browser.
+export function openMenu(opener, items) {
   const nodes = items.map(({ label, run, danger }) =>
-    el("button", { type: "button", role: "menuitem", tabindex: "-1", class: danger ? "danger" : null,
-      onclick: () => { closeMenu(); run(); } }, label));
-  const menu = el("div", { role: "menu", class: "menu", "aria-label": button.getAttribute("aria-label") }, nodes);
-  const away = (event) => { if (!menu.contains(event.target) && !button.contains(event.target)) closeMenu(false); };
-  closeMenu = (refocus = true) => {
-    menu.remove();
-    button.setAttribute("aria-expanded", "false");
-    document.removeEventListener("pointerdown", away, true);
-    window.removeEventListener("scroll", closeMenu);
-    if (refocus === true && button.isConnected) button.focus();
-    closeMenu = () => {};
-  };
+    button(label, () => { menu.hidePopover(); run(); }, { role: "menuitem", tabindex: "-1", class: danger ? "danger" : null }));
+  const menu = el("div", { role: "menu", class: "menu", popover: "auto", "aria-label": opener.getAttribute("aria-label") }, nodes);
   menu.addEventListener("keydown", (event) => {
     const at = nodes.indexOf(document.activeElement);
     const to = { ArrowDown: at + 1, ArrowUp: at - 1, Home: 0, End: nodes.length - 1 }[event.key];
     if (to !== undefined) nodes[(to + nodes.length) % nodes.length].focus();
-    else if (event.key === "Escape" || event.key === "Tab") closeMenu();
+    else if (event.key === "Tab") menu.hidePopover();
     else return;
     event.preventDefault();
     event.stopPropagation();
   });
+  menu.addEventListener("toggle", ({ newState }) => {
+    if (newState === "open") return;
+    setAttr(opener, "aria-expanded", "false");
+    if (menu.contains(document.activeElement) || document.activeElement === document.body) opener.focus();
+    menu.remove();
+  });
   document.querySelector("main").append(menu); // what is outside of landmarks is passed over
-  const box = button.getBoundingClientRect();
+  menu.showPopover();
+  const box = opener.getBoundingClientRect();
   const size = menu.getBoundingClientRect();
   const below = box.bottom + size.height + 8 < innerHeight;
-  menu.style.setProperty("left", `${Math.max(8, box.right - size.width)}px`);
-  menu.style.setProperty("top", `${Math.max(8, below ? box.bottom + 4 : box.top - size.height - 4)}px`);
-  button.setAttribute("aria-expanded", "true");
-  document.addEventListener("pointerdown", away, true);
-  window.addEventListener("scroll", closeMenu, { passive: true });
+  menu.style.left = `${Math.max(8, box.right - size.width)}px`;
+  menu.style.top = `${Math.max(8, below ? box.bottom + 4 : box.top - size.height - 4)}px`;
+  addEventListener("scroll", () => menu.isConnected && menu.hidePopover(), { once: true, passive: true });
+  setAttr(opener, "aria-expanded", "true");
   nodes[0].focus({ preventScroll: true });
 }
 
-// A modal; resolves with the value of the button that closed it, or "" for Escape.
+// A modal; resolves with the value of the button that closed it, or "" for Escape. A button with run does
+// not close it.
 export function ask(title, body, buttons) {
   return new Promise((resolve) => {
     const box = el("dialog", { "aria-label": title },

@@ -21,7 +21,7 @@ export class FilesView {
     });
   }
 
-  shown() {
+  show() {
     this.load();
   }
 

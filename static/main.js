@@ -1,190 +1,172 @@
 // The composition: who this browser is, the channel into the store, the store into the views, and what
-// belongs to the whole page: header, banner, drop target, title, keys.
+// belongs to the whole page: header, drop target, title, keys.
 //
 // Strategy: modules know the small `app` object below and not each other. The part of the address
-// behind # names the view.
+// behind # names the view and what it shows.
 
+import { Banner } from "./banner.js";
 import { Channel } from "./channel.js";
-import { announce, el, icon, liveRegion, notice, noticeShelf, setAttr, setText } from "./dom.js";
+import { announce, ask, button, el, icon, liveRegion, notice, noticeShelf, setAttr } from "./dom.js";
 import { FilesView } from "./files-view.js";
+import { JobView } from "./job-view.js";
 import { JobsView } from "./jobs-view.js";
+import { Overview } from "./overview.js";
 import { ProcessView } from "./process-view.js";
 import { sayEvent } from "./row.js";
 import { Store, fraction } from "./store.js";
 import { Uploads, dropped } from "./uploads.js";
 import { format, words } from "./words.js";
 
-const BANNER_MS = 1000;
-const SILENT_MS = 4000;
-const CROWDED = 4429; // the close code for too many connections
 const YEAR_S = 31536000;
 
-const random = () => [...crypto.getRandomValues(new Uint8Array(10))].map((byte) => (byte % 36).toString(36)).join("");
+// What this browser remembers; nothing where it may not.
+function remembered(key, value) {
+  try {
+    if (value === undefined) return localStorage.getItem(key);
+    localStorage.setItem(key, value);
+  } catch { /* then for this page only */ }
+  return value ?? null;
+}
 
 // The label by which the server and this page know this browser again; it grants nothing.
 function clientId() {
   const found = document.cookie.match(/(?:^|; )client_id=([\w.~-]+)/)?.[1];
-  const id = found ?? random();
+  const id = found ?? [...crypto.getRandomValues(new Uint8Array(10))].map((byte) => (byte % 36).toString(36)).join("");
   if (!found) document.cookie = `client_id=${id}; SameSite=Strict; Path=/; Max-Age=${YEAR_S}`;
   return id;
 }
 
-function tab(anew) {
-  try {
-    const id = (anew ? null : sessionStorage.getItem("tab")) ?? random();
-    sessionStorage.setItem("tab", id);
-    return id;
-  } catch {
-    return random();
-  }
-}
-
-const store = new Store();
-const app = { me: clientId(), store, places: new Map(), choose, chooseFor, go };
-const channel = new Channel({ tab, frame: (frame, first) => store.frame(frame, first), status });
-app.channel = channel;
-store.more = () => store.nextPage(channel);
+const app = { me: clientId(), store: new Store(), places: new Map(), choose, chooseFor, go };
+const banner = new Banner(app);
+app.channel = new Channel({ tab: () => Math.random().toString(36), frame: (frame, first) => app.store.frame(frame, first), status: () => banner.status() });
+app.store.more = () => app.store.nextPage(app.channel);
 app.uploads = new Uploads(app);
-const views = { jobs: new JobsView(app), files: new FilesView(app), processes: new ProcessView(app) };
+const views = { jobs: new JobsView(app), files: new FilesView(app), processes: new ProcessView(app), overview: new Overview(app), job: new JobView(app) };
+app.views = views;
 
 // The frame of the page
 
-const ICONS = { jobs: "jobs", files: "file", processes: "gear" };
-const links = Object.keys(views).map((name) => el("a", { href: `#${name}` }, icon(ICONS[name]), el("span", {}, words.views[name])));
-const liveText = el("span", { class: "live-text" });
-const liveNode = el("span", { class: "live" }, el("span", { class: "dot" }), liveText);
-const bannerText = el("span");
-const bannerNext = el("span", { class: "banner-next" });
-const bannerButton = el("button", { type: "button", onclick: () => (channel.state === "ended" ? location.reload() : channel.retry()) });
-const banner = el("aside", { class: "banner", "aria-label": words.bannerLabel, hidden: true }, icon("clock"), bannerText, bannerNext, bannerButton);
+const ICONS = { jobs: "jobs", files: "file", processes: "gear", overview: "chart" };
+const links = Object.keys(ICONS).map((name) => el("a", { href: `#${name}` }, icon(ICONS[name]), el("span", {}, words.views[name])));
 const main = el("main", { id: "main", tabindex: "-1" }, Object.values(views).map((view) => view.node));
 const picker = el("input", { type: "file", multiple: true, hidden: true, id: "picker" });
 const shade = el("div", { class: "shade", hidden: true }, icon("drop"), el("strong", {}, words.drop.here));
 document.body.prepend(
   el("a", { class: "skip", href: "#main", onclick: (event) => { event.preventDefault(); main.focus(); } }, words.skip),
-  el("header", {}, el("a", { class: "logo", href: "#jobs" }, icon("logo"), words.title), el("nav", {}, links), liveNode),
-  banner, main, picker, liveRegion, noticeShelf, shade);
+  el("header", {}, el("a", { class: "logo", href: "#jobs" }, icon("logo"), words.title), el("nav", { "aria-label": words.nav }, links), banner.live,
+    button(icon("moon"), theme, { class: "quiet", "aria-label": words.theme, title: words.theme }),
+    button(icon("help"), help, { class: "quiet", "aria-label": words.help.title, title: words.help.title })),
+  banner.node, main, picker, liveRegion, noticeShelf, shade);
 
-function go(name) {
-  location.hash = name;
+function theme() {
+  const dark = getComputedStyle(document.documentElement).colorScheme === "dark" || (!remembered("theme") && matchMedia("(prefers-color-scheme: dark)").matches);
+  document.documentElement.style.colorScheme = remembered("theme", dark ? "light" : "dark");
+}
+if (remembered("theme")) document.documentElement.style.colorScheme = remembered("theme");
+
+let view = views.jobs;
+
+function go(hash) {
+  location.hash = hash;
 }
 
 function route() {
-  const asked = location.hash.slice(1);
-  const name = asked in views ? asked : "jobs";
-  for (const [key, view] of Object.entries(views)) view.node.hidden = key !== name;
-  links.forEach((link, i) => setAttr(link, "aria-current", Object.keys(views)[i] === name ? "page" : null));
-  views[name].shown?.();
+  const [asked, query] = location.hash.slice(1).split("?");
+  const job = asked.match(/^job=(.+)/)?.[1];
+  const name = job ? "job" : asked in ICONS ? asked : "jobs";
+  view.hide?.();
+  view = views[name];
+  for (const one of Object.values(views)) one.node.hidden = one !== view;
+  links.forEach((link, i) => setAttr(link, "aria-current", Object.keys(ICONS)[i] === name ? "page" : null));
   scrollTo(0, 0);
+  view.show(new URLSearchParams(job ? { job } : query));
+  title();
 }
 
 // Files come in: chosen, dropped, pasted
 
 let choosing = null;
 
-function choose() {
-  choosing = null;
-  picker.multiple = true;
+function choose({ folder = false, row = null } = {}) {
+  choosing = row;
+  picker.multiple = !row;
+  picker.webkitdirectory = folder;
   picker.click();
 }
 
 function chooseFor(row) {
-  choosing = row;
-  picker.multiple = false;
-  picker.click();
+  choose({ row });
 }
 
 function take(files) {
+  views.jobs.expect();
   app.uploads.add(files);
-  if (files.length) go("jobs");
+  if (files.length && view !== views.jobs) go("jobs");
 }
 
-async function resume(row, file) {
-  if (!await app.uploads.goOn(row, file)) notice(words.uploads.other(row.name), true);
-}
-
-picker.addEventListener("change", () => {
-  const files = [...picker.files];
+picker.addEventListener("change", async () => {
+  const [files, row] = [[...picker.files], choosing];
   picker.value = "";
-  if (!choosing) take(files);
-  else if (files[0]) resume(choosing, files[0]);
-  choosing = null;
+  if (!row) take(files);
+  else if (files[0] && !(await app.uploads.goOn(row, files[0]))) notice(words.uploads.other(row.name), true);
 });
 
 const hasFiles = (event) => event.dataTransfer?.types.includes("Files");
+const shadow = (n) => { shade.hidden = (depth = Math.max(0, n)) === 0; };
 let depth = 0;
-addEventListener("dragenter", (event) => {
-  if (!hasFiles(event)) return;
-  depth += 1;
-  shade.hidden = false;
-});
-addEventListener("dragleave", () => {
-  depth = Math.max(0, depth - 1);
-  shade.hidden = depth === 0;
-});
+addEventListener("dragenter", (event) => { if (hasFiles(event)) shadow(depth + 1); });
+addEventListener("dragleave", () => shadow(depth - 1));
 addEventListener("dragover", (event) => { if (hasFiles(event)) event.preventDefault(); });
-addEventListener("drop", (event) => {
+addEventListener("drop", async (event) => {
   if (!hasFiles(event)) return;
   event.preventDefault();
-  depth = 0;
-  shade.hidden = true;
-  dropped(event.dataTransfer).then(take);
+  shadow(0);
+  take(await dropped(event.dataTransfer));
 });
 addEventListener("paste", (event) => {
   const files = [...(event.clipboardData?.files ?? [])];
   if (files.length) take(files);
 });
 
+// Keys: those of a single letter can be turned off (WCAG 2.1.4), for who dictates or mistypes.
+
+function help() {
+  const box = el("input", { type: "checkbox", checked: remembered("keys") !== "off", onchange: () => remembered("keys", box.checked ? "on" : "off") });
+  const rows = words.help.keys.map(([keys, text]) => el("div", {}, el("dt", {}, keys.split(" ").map((key) => el("kbd", {}, key))), el("dd", {}, text)));
+  ask(words.help.title, [el("dl", { class: "keys" }, rows), el("label", {}, box, " ", words.help.letters)], [{ value: "", label: words.close, kind: "primary" }]);
+}
+
 addEventListener("keydown", (event) => {
-  const typing = event.target.closest?.("input, textarea, select, dialog");
-  if (event.key === "/" && !typing && !event.ctrlKey && !event.metaKey && !event.altKey && !views.jobs.node.hidden) {
-    event.preventDefault();
-    views.jobs.search.focus();
+  const { key, target } = event;
+  if (event.defaultPrevented || event.altKey || target.closest?.("dialog, [popover]")) return;
+  const typing = target.closest?.("textarea, select, input:not([type=checkbox])");
+  if (typing) {
+    if (key === "Escape") target.blur();
+    return;
   }
+  const letter = key.length === 1 && !event.ctrlKey && !event.metaKey;
+  if (letter && remembered("keys") === "off") return;
+  const own = letter && { "?": help, u: () => choose(), n: () => go("processes"), z: () => [...document.querySelectorAll(".undo")].at(-1)?.click(),
+    ...Object.fromEntries(Object.keys(ICONS).map((name, i) => [i + 1, () => go(name)])) }[key];
+  if (own) own();
+  else if ((!letter && !["Enter", "Escape", "Delete", "ArrowUp", "ArrowDown", "a"].includes(key)) || !view.key?.(event)) return;
+  event.preventDefault();
 });
 
-// Connection, title, announcements
-
-let wasLost = false;
-
-function status() {
-  const { state } = channel;
-  const silent = performance.now() - channel.heardAt;
-  const text = state === "live"
-    ? silent > SILENT_MS && document.visibilityState === "visible" ? words.silent(Math.round(silent / 1000)) : words.live(channel.rtt)
-    : state === "connecting" ? words.connecting : words.lost;
-  setText(liveText, text);
-  setAttr(liveNode, "data-state", state === "live" && silent > SILENT_MS ? "silent" : state);
-  setAttr(liveNode, "title", text);
-  const down = state === "ended" || (state === "lost" && (channel.restarting || Date.now() - channel.lostAt > BANNER_MS));
-  if (down) {
-    const ended = state === "ended";
-    setText(bannerText, ended ? (channel.code === CROWDED ? words.banner.crowded : words.banner.ended) : channel.restarting ? words.banner.restart
-      : store.ready ? words.banner.lost(format.second(channel.lostAt)) : words.banner.never);
-    const s = Math.ceil(((channel.retryAt ?? 0) - Date.now()) / 1000);
-    setText(bannerNext, ended ? "" : words.banner.again(channel.retryAt ? s : 0));
-    setText(bannerButton, ended ? words.banner.reload : words.banner.now);
-    if (!wasLost) announce(bannerText.textContent);
-  } else if (wasLost && state === "live") announce(words.back);
-  if (state !== "lost" || down) wasLost = down;
-  banner.hidden = !(down || (state === "lost" && wasLost));
-  document.body.classList.toggle("stale", !banner.hidden);
-}
+// Title and announcements
 
 let titled = null;
 const quarters = new Map();
 
-function follow(change) {
-  if (change.event) sayEvent(change.event);
-  titled ??= setTimeout(() => {
-    titled = null;
-    const running = store.sorted.filter((row) => row.state === "running");
-    const parts = running.map(fraction).filter((part) => part !== null);
-    const n = Math.max(running.length, store.counts.running ?? 0);
-    const mean = parts.reduce((sum, part) => sum + part, 0) / parts.length;
-    document.title = n === 0 ? words.title : `${parts.length ? `(${format.percent(mean)}) ` : ""}${n} running · ${words.title}`;
-    if (running.length <= 3) for (const row of running) quarter(row);
-  }, 250);
+function title() {
+  titled = null;
+  const running = app.store.sorted.filter((row) => row.state === "running");
+  const parts = running.map(fraction).filter((part) => part !== null);
+  const n = Math.max(running.length, app.store.counts.running ?? 0);
+  const mean = parts.reduce((sum, part) => sum + part, 0) / parts.length;
+  const now = n ? words.running(parts.length ? format.percent(mean) : "", format.count(n)) : "";
+  document.title = [now, view.title, words.title].filter(Boolean).join(" · ");
+  if (running.length <= 3) for (const row of running) quarter(row);
 }
 
 function quarter(row) {
@@ -194,8 +176,11 @@ function quarter(row) {
   if (before !== undefined && now > before && now < 4) announce(words.said.quarter(row.name, format.percent(now / 4)));
 }
 
-store.listen(follow);
+app.store.listen(({ event }) => {
+  if (event) sayEvent(event);
+  titled ??= setTimeout(title, 250);
+});
 addEventListener("hashchange", route);
 route();
-status();
-channel.open();
+banner.status();
+app.channel.open();

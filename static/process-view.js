@@ -95,7 +95,7 @@ export class ProcessView {
     this.node = el("div", { class: "narrow" }, el("h1", {}, words.process.title), this.form);
   }
 
-  async shown() {
+  async show() {
     try {
       const [kinds, files] = await Promise.all(["/v1/kinds", "/v1/files?limit=100"].map(async (url) => (await fetch(url, { cache: "no-store" })).json()));
       const names = [...new Set(files.items.map((file) => file.name))];

@@ -1,27 +1,26 @@
 // One job as a row of the list.
 //
-// Strategy: describe() is pure and turns a job into what its row says: bar, numbers, state as word, sign
-// and pattern, one sentence of reason, and which actions make sense. Row builds the elements once and
-// writes only what differs, so that ten updates a second of many rows cost little and a focused button
-// stays focused.
+// Strategy: describe() is pure and turns a job into what is said of it, here and on its own page: bar,
+// numbers, state as word, sign and pattern, one sentence of reason. Row builds the elements once and writes
+// only what differs, so that ten updates a second cost little and a focused button stays focused.
 
-import { announce, ask, copy, el, icon, openMenu, setAttr, setText, swapIcon } from "./dom.js";
+import { act, can, fetchable, menuItems, note, pending, toggle } from "./actions.js";
+import { Spark, announce, button, el, icon, openMenu, setAttr, setText, swapIcon } from "./dom.js";
 import { fraction, isFinal, isTransfer } from "./store.js";
 import { format, words } from "./words.js";
 
 const AWAY_MS = 3000;
 const STILL_MS = 4000;
-const NOTE_MS = 10000;
-const ACK_GRACE_MS = 3000;
 
-const SIGNS = {
+export const SIGNS = {
   running: "play", pausing: "pause", paused: "pause", queued: "circle", scheduled: "clock", cancelling: "stop",
-  cancelled: "stop", succeeded: "check", failed: "cross", away: "clock",
+  cancelled: "stop", succeeded: "check", failed: "cross", away: "clock", stalled: "clock",
 };
 
 const KIND_ICONS = { upload: "up", download: "down", export: "down" };
+export const kindIcon = (row) => KIND_ICONS[row.kind] ?? "gear";
 
-function who(by, me) {
+export function who(by, me) {
   if (!by) return words.by.server;
   if (by.actor === me || by.actor.startsWith(`${me}.`)) return words.by.you;
   if (by.via === "system" || by.actor === "service" || by.actor === "system") return words.by.server;
@@ -39,7 +38,7 @@ function isAway(row, app) {
 
 const stored = (row) => format.bytes(row.transfer?.stored_bytes ?? row.progress.done);
 
-function failure(row) {
+export function failure(row) {
   const error = row.error ?? {};
   const next = words.next[error.code] ?? error.next ?? "";
   const undone = row.rollback ? words.undone(row.rollback.done, row.rollback.total) : "";
@@ -75,7 +74,7 @@ function result(row) {
 }
 
 // look: running, paused, failed, queued, done or still; bar: 0 to 1, null for unknown, undefined for none.
-function describe(row, app) {
+export function describe(row, app) {
   const { progress, state } = row;
   const part = fraction(row);
   const pair = progress.total !== null && progress.total !== undefined
@@ -124,84 +123,72 @@ function running(row, app, said) {
     return { ...said, look: "away", state: "away", sub, choose: mine && !here };
   }
   const still = isTransfer(row) && performance.now() - Math.max(row.movedAt, row.toldAt) > STILL_MS;
-  if (row.transfer?.stalled_since && still) said.left = words.stalled(format.time(row.transfer.stalled_since));
-  else if (!still) said.left = format.left(progress.eta_s) || progress.message || (words.phase[progress.phase] ?? progress.phase) || "";
-  return { ...said, rate: still ? "" : format.rate(progress.rate_per_s, progress.unit) };
-}
-
-const curlQuote = (text) => `'${text.replaceAll("'", "'\\''")}'`;
-
-async function detailsOf(row) {
-  const answer = await fetch(`/v1/jobs/${row.id}`, { cache: "no-store" });
-  return answer.ok ? answer.json() : row;
-}
-
-function curlOf(job) {
-  const at = location.origin;
-  if (job.kind === "upload") return `curl -F file=@${curlQuote(job.name)} ${at}/upload`;
-  if (isTransfer(job)) return `curl -OJ -H 'Content-Type: application/json' -d ${curlQuote(JSON.stringify({ filename: job.name }))} ${at}/export`;
-  const body = JSON.stringify({ kind: job.kind, params: job.params ?? {}, name: job.name });
-  return `curl -H 'Content-Type: application/json' -d ${curlQuote(body)} ${at}/v1/jobs`;
-}
-
-// What a job has left to be fetched: its result, else the first file that it made.
-function fetchable(row) {
-  if (row.state !== "succeeded") return null;
-  const made = row.artifacts[0];
-  const file = row.result?.file ?? made?.file;
-  return file ? { url: `/v1/files/${file}/content`, name: row.result?.file ? row.name : made.name } : null;
+  if (row.transfer?.stalled_since && still) {
+    return { ...said, look: "stalled", state: "stalled", sub: words.stalled(format.time(row.transfer.stalled_since)) };
+  }
+  const sub = [words.phase[progress.phase] ?? progress.phase, progress.message].filter(Boolean).join(": ");
+  return { ...said, sub, left: still ? "" : format.left(progress.eta_s) || words.unknown, rate: still ? "" : format.rate(progress.rate_per_s, progress.unit) };
 }
 
 export class Row {
-  constructor(app, row) {
+  constructor(app, row, pick) {
     this.app = app;
     this.id = row.id;
-    this.pending = null;
-    this.note = null;
     const nameId = `n${row.id}`;
-    this.kind = el("span", { class: "kind" }, icon(KIND_ICONS[row.kind] ?? "gear"));
-    this.name = el("div", { class: "name", id: nameId });
+    this.pick = el("input", { type: "checkbox", onclick: (event) => pick(this.id, event.shiftKey) });
+    this.name = el("a", { class: "name", id: nameId, href: `#job=${row.id}` });
     this.fill = el("div", { class: "fill" });
     this.track = el("div", { class: "track", role: "progressbar", "aria-labelledby": nameId, "aria-valuemin": 0, "aria-valuemax": 100 }, this.fill);
     this.sub = el("div", { class: "sub" });
+    this.spark = new Spark();
     this.big = el("b");
     this.small = el("small");
     this.rate = el("b");
     this.left = el("small");
     this.word = el("span");
     this.state = el("span", { class: "state" }, icon("circle"), this.word);
-    this.main = el("button", { type: "button", class: "main", onclick: () => this.act(this.mainOp) }, icon("pause"));
-    this.textual = el("button", { type: "button", class: "textual", onclick: () => this.act(this.mainOp) });
+    this.main = button(icon("pause"), () => this.act(this.op), { class: "main" });
+    this.textual = button("", () => this.act(this.op), { class: "textual" });
     this.link = el("a", { class: "textual", download: "" }, words.act.download);
-    this.cancel = el("button", { type: "button", class: "cancel", onclick: () => this.act("cancel") }, icon("cross"));
-    this.more = el("button", { type: "button", class: "more", "aria-haspopup": "menu", "aria-expanded": "false", onclick: () => this.menu() }, icon("more"));
-    this.node = el("li", { "data-job": row.id },
-      this.kind,
+    this.cancel = button(icon("cross"), () => this.act("cancel"), { class: "cancel" });
+    this.more = button(icon("more"), () => openMenu(this.more, menuItems(app, this.row)), { class: "more", "aria-haspopup": "menu", "aria-expanded": "false" });
+    this.node = el("li", { "data-job": row.id, tabindex: "-1", "aria-labelledby": nameId },
+      el("label", { class: "kind" }, this.pick, icon(kindIcon(row))),
       el("div", { class: "what" }, this.name, this.track, this.sub),
+      this.spark.node,
       el("div", { class: "num much" }, this.big, " ", this.small),
       el("div", { class: "num pace" }, this.rate, " ", this.left, this.state),
       el("div", { class: "acts" }, this.main, this.textual, this.link, this.cancel, this.more));
-    this.update();
   }
 
   get row() {
     return this.app.store.rows.get(this.id);
   }
 
-  update() {
+  act(op) {
+    if (!pending(this.row)) act(this.app, this.row, op);
+  }
+
+  update(picked) {
     const { row, app } = this;
     if (!row) return;
-    if (this.pending && (row.version >= this.pending.version || performance.now() > this.pending.until)) this.pending = null;
     const said = describe(row, app);
-    setAttr(this.node, "class", said.look);
+    setAttr(this.node, "class", picked ? `${said.look} picked` : said.look);
     setAttr(this.node, "data-state", row.state);
-    setText(this.name, row.name);
-    setAttr(this.name, "title", row.name);
-    this.bar(said, row);
-    const sub = this.note ?? said.sub;
+    this.pick.checked = picked;
+    if (this.name.textContent !== row.name) {
+      this.name.textContent = row.name;
+      setAttr(this.name, "title", row.name);
+      setAttr(this.pick, "aria-label", words.of(words.select, row.name));
+      setAttr(this.more, "aria-label", words.of(words.act.more, row.name));
+      setAttr(this.link, "aria-label", words.of(words.act.download, row.name));
+    }
+    paintBar(this.track, this.fill, said, row);
+    const sub = note(row) ?? said.sub;
     setText(this.sub, sub);
+    setAttr(this.sub, "title", sub);
     this.sub.hidden = !sub;
-    setAttr(this.sub, "class", said.bad || this.note ? "sub bad" : "sub");
+    setAttr(this.sub, "class", said.bad || note(row) ? "sub bad" : "sub");
     setText(this.big, said.big);
     setText(this.small, said.small);
     setText(this.rate, said.rate);
@@ -209,115 +196,47 @@ export class Row {
     this.state.classList.toggle("hush", Boolean(said.rate));
     setText(this.word, words.state[said.state] ?? said.state);
     swapIcon(this.state, SIGNS[said.state] ?? "circle");
+    if (said.look === "running" && row.rates?.length > 1) this.spark.set(row.rates);
     this.buttons(row, said);
-  }
-
-  bar(said, row) {
-    const { track, fill } = this;
-    track.hidden = said.bar === undefined;
-    if (track.hidden) return;
-    track.classList.toggle("unknown", said.bar === null);
-    if (said.bar === null) {
-      setAttr(track, "aria-valuenow", null);
-      fill.style.removeProperty("transform");
-    } else {
-      setAttr(track, "aria-valuenow", Math.floor(said.bar * 100));
-      const at = `translateX(${((said.bar - 1) * 100).toFixed(2)}%)`;
-      if (this.at !== at) fill.style.setProperty("transform", at);
-      this.at = at;
-    }
-    setAttr(track, "aria-valuetext", [said.big || said.small, words.state[row.state], said.left].filter(Boolean).join(", "));
   }
 
   buttons(row, said) {
     const final = isFinal(row);
-    const found = fetchable(row);
-    const url = found?.url;
-    const retry = final && !url && !isTransfer(row) && row.state !== "succeeded";
-    const op = retry ? "retry" : said.choose ? "choose" : ["paused", "pausing"].includes(row.state) ? "resume" : "pause";
+    const url = fetchable(row)?.url;
+    const op = said.choose ? "choose" : can(row, "retry") && !url && row.state !== "succeeded" ? "retry" : toggle(row);
     const textual = op === "retry" || op === "choose";
-    const busy = this.pending?.op ?? null;
+    const busy = pending(row);
     const focused = this.node.contains(document.activeElement) ? document.activeElement : null;
-    this.mainOp = op;
+    this.op = op;
     this.main.hidden = textual || final || row.state === "cancelling";
     this.textual.hidden = !textual;
     this.cancel.hidden = final;
     this.link.hidden = !url;
-    if (url) {
-      setAttr(this.link, "href", url);
-      setAttr(this.link, "download", found.name);
-      setAttr(this.link, "aria-label", words.of(words.act.download, row.name));
-    }
-    const label = busy && busy !== "cancel" ? words.doing[busy] : words.act[op];
+    if (url) setAttr(this.link, "href", url);
+    const label = busy && busy !== "cancel" ? words.doing[busy] ?? words.act[op] : words.act[op];
     if (textual) setText(this.textual, label);
     else swapIcon(this.main, op === "resume" ? "play" : "pause");
-    for (const button of [this.main, this.textual]) setAttr(button, "aria-label", words.of(label ?? "", row.name));
     const cancelling = busy === "cancel" || row.state === "cancelling";
-    setAttr(this.cancel, "aria-label", words.of(cancelling ? words.state.cancelling : words.act.cancel, row.name));
-    setAttr(this.main, "title", label);
-    setAttr(this.cancel, "title", words.act.cancel);
-    setAttr(this.more, "aria-label", words.of(words.act.more, row.name));
-    setAttr(this.more, "title", words.act.more);
-    for (const button of [this.main, this.textual, this.cancel]) {
-      setAttr(button, "aria-disabled", busy || (button === this.cancel && row.state === "cancelling") ? "true" : null);
-      button.classList.toggle("busy", Boolean(busy) && (button === this.cancel) === (busy === "cancel"));
+    for (const [node, name] of [[this.main, label], [this.textual, label], [this.cancel, cancelling ? words.state.cancelling : words.act.cancel]]) {
+      const mine = busy && (node === this.cancel) === (busy === "cancel");
+      setAttr(node, "aria-label", words.of(name, row.name));
+      setAttr(node, "title", name);
+      setAttr(node, "aria-disabled", busy || (node === this.cancel && cancelling) ? "true" : null);
+      node.classList.toggle("busy", Boolean(mine));
     }
-    if (focused?.hidden) this.more.focus();
+    if (focused?.hidden) this.node.focus();
   }
+}
 
-  async act(op) {
-    if (this.pending) return;
-    if (op === "choose") {
-      this.app.chooseFor(this.row);
-      return;
-    }
-    this.note = null;
-    this.pending = { op: op === "force" ? "cancel" : op, version: Infinity, until: Infinity };
-    this.update();
-    try {
-      const ack = op === "force" ? await this.app.channel.command("cancel", this.id, { force: true })
-        : await this.app.channel.command(op, this.id);
-      if (op === "retry") announce(words.process.started(this.row.name));
-      this.pending = { ...this.pending, version: op === "retry" ? 0 : ack.v ?? 0, until: performance.now() + ACK_GRACE_MS };
-      setTimeout(() => this.update(), ACK_GRACE_MS + 50);
-    } catch (error) {
-      this.pending = null;
-      const why = error.code === "offline" ? words.offline : error.message;
-      this.note = words.refused(words.act[op] ?? op, why);
-      announce(this.note);
-      setTimeout(() => { this.note = null; this.update(); }, NOTE_MS);
-    }
-    this.update();
-  }
-
-  menu() {
-    const { row } = this;
-    const final = isFinal(row);
-    const found = fetchable(row);
-    const url = found?.url;
-    const items = [];
-    const add = (label, run, danger = false) => items.push({ label, run, danger });
-    if (!final && row.state !== "cancelling") add(words.act[this.mainOp], () => this.act(this.mainOp));
-    if (final && !isTransfer(row)) add(words.act.retry, () => this.act("retry"));
-    if (url) add(words.act.link, () => copy(new URL(url, location.href).href));
-    add(words.act.details, () => this.details());
-    add(words.act.curl, async () => copy(curlOf(await detailsOf(row))));
-    if (!final) {
-      const force = row.state === "cancelling";
-      add(force ? words.act.force : words.act.cancel, () => this.act(force ? "force" : "cancel"), true);
-    } else add(words.act.delete, () => this.act("delete"), true);
-    openMenu(this.more, items);
-  }
-
-  async details() {
-    const text = JSON.stringify(await detailsOf(this.row), null, 2);
-    const buttons = [
-      { value: "copy", label: words.copyJson, run: () => copy(text) },
-      { value: "", label: words.close, kind: "primary" },
-    ];
-    await ask(this.row?.name ?? "", el("pre", { tabindex: "0" }, text), buttons);
-    if (this.more.isConnected) this.more.focus();
-  }
+// A bar with its text, as describe() says.
+export function paintBar(track, fill, said, row) {
+  track.hidden = said.bar === undefined;
+  if (track.hidden) return;
+  track.classList.toggle("unknown", said.bar === null);
+  setAttr(track, "aria-valuenow", said.bar === null ? null : Math.floor(said.bar * 100));
+  const at = said.bar === null ? "" : `translateX(${((said.bar - 1) * 100).toFixed(2)}%)`;
+  if (fill.at !== at) fill.style.transform = fill.at = at;
+  setAttr(track, "aria-valuetext", [said.big || said.small, words.state[said.state], said.left].filter(Boolean).join(", "));
 }
 
 export function sayEvent(frame) {

@@ -6,8 +6,24 @@
 
 export const words = {
   title: "Sluice",
-  views: { jobs: "Jobs", files: "Files", processes: "Processes" },
+  views: { jobs: "Jobs", files: "Files", processes: "Processes", overview: "Overview" },
+  nav: "Views",
   skip: "Skip to the content",
+  theme: "Light or dark",
+  running: (percent, n) => `${percent ? `(${percent}) ` : ""}${n} running`,
+  undo: "Undo",
+  unknown: "—",
+  select: "Select",
+  help: {
+    title: "Keyboard",
+    letters: "Single letters do something on this page",
+    keys: [
+      ["j k", "next, previous job"], ["x", "select it; with Shift and j or k a range"], ["Ctrl a", "select all"],
+      ["p", "pause or resume"], ["c", "cancel"], ["r", "retry"], ["Delete", "remove what has ended"], ["z", "undo"],
+      ["Enter", "open the page of the job"], ["m", "all that can be done with it"], ["/", "search"], ["u", "upload"],
+      ["n", "new process"], ["1 2 3 4", "jobs, files, processes, overview"], ["Escape", "clear the selection, close"], ["?", "this sheet"],
+    ],
+  },
   live: (ms) => (ms === null ? "live" : `live · ${ms} ms`),
   connecting: "connecting",
   silent: (s) => `no news for ${s} s`,
@@ -39,15 +55,33 @@ export const words = {
   },
 
   drop: {
-    bold: "Drop files anywhere",
-    rest: " — uploads go on after a lost connection or a restart.",
+    bold: "Drop files or folders anywhere",
+    rest: " — uploads go on after a reload or a lost connection.",
     here: "Drop to upload",
+    more: "Files or a folder",
+    files: "Upload files",
+    folder: "Upload a folder",
     upload: "Upload",
     process: "New process",
   },
 
   filters: { all: "All", running: "Running", paused: "Paused", queued: "Queued", done: "Done", failed: "Failed", cancelled: "Cancelled" },
   filterLabel: "Show jobs by state",
+  kindLabel: "Show only",
+  allKinds: "All kinds",
+  kinds: { upload: "Uploads", download: "Downloads", export: "Exports" },
+  sortLabel: "Order",
+  sorts: { new: "Newest first", old: "Oldest first", name: "By name", progress: "By progress", rate: "By rate", ended: "By end" },
+  fresh: (n) => (n ? `${n} new` : ""),
+  many: {
+    all: "Select all",
+    picked: (n) => `${n} selected`,
+    clear: "Clear",
+    none: (act) => `${act}: nothing here to do that with.`,
+    jobs: (n) => `${n} ${n === 1 ? "job" : "jobs"}`,
+    done: (act, n) => `${act}: ${n} done.`,
+    failed: (n, why) => `${n} not: ${why}`,
+  },
   search: "Search",
   searchHint: "Search   /",
   jobsLabel: "Jobs",
@@ -65,20 +99,22 @@ export const words = {
 
   state: {
     running: "Running", pausing: "Pausing", paused: "Paused", queued: "Queued", scheduled: "Scheduled",
-    cancelling: "Cancelling", cancelled: "Cancelled", succeeded: "Done", failed: "Failed", away: "Waiting",
+    cancelling: "Cancelling", cancelled: "Cancelled", succeeded: "Done", failed: "Failed", away: "Waiting", stalled: "Stalled",
   },
   act: {
     pause: "Pause", resume: "Resume", cancel: "Cancel", retry: "Retry", download: "Download", choose: "Choose file",
-    delete: "Remove from the list", details: "Details as JSON", curl: "Copy as curl", link: "Copy the download link",
+    delete: "Remove", open: "Open", curl: "Copy as curl", link: "Copy the download link",
     force: "Cancel now, without clean-up", more: "More",
   },
   of: (act, name) => `${act} ${name}`,
   doing: { pause: "Pausing", resume: "Resuming", cancel: "Cancelling", retry: "Retrying", delete: "Removing" },
+  removed: (name) => `${name} removed.`,
   refused: (act, why) => `${act} did not work: ${why}`,
 
   phase: { receiving: "", waiting: "Waits for the other parts", joining: "Joining the parts", checking: "Checking", publishing: "" },
+  units: { rows: "rows", steps: "steps", files: "files" },
   soFar: (amount) => `${amount} so far`,
-  stalled: (at) => `no data since ${at}`,
+  stalled: (at) => `Nothing has come since ${at}; what came is safe.`,
   waits: {
     slot: (running, slots) => (slots ? `Waits for a slot: ${running} of ${slots} in use` : "Waits for a slot"),
     place: (n) => (n === 1 ? "Next in line" : `${n}${["st", "nd", "rd"][((n + 90) % 100 - 10) % 10 - 1] ?? "th"} in line`),
@@ -175,10 +211,10 @@ export const words = {
     failed: (name, why) => `${name} failed. ${why}`,
     cancelled: (name) => `${name} was cancelled.`,
     paused: (name) => `${name} is paused.`,
+    more: (n) => `${n} more.`,
   },
 
   copied: "Copied.",
-  copyJson: "Copy",
   copyByHand: "Copy this text",
   close: "Close",
   dismiss: "Dismiss",
@@ -201,6 +237,7 @@ const full = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle
 
 const UNITS = ["B", "kB", "MB", "GB", "TB", "PB"];
 
+const unitOf = (unit) => words.units[unit] ?? unit;
 const power = (bytes) => {
   let step = 0;
   while (step < UNITS.length - 1 && Math.round(bytes / 1000 ** step) >= 1000) step += 1;
@@ -221,11 +258,11 @@ function bytes(value) {
 }
 
 function amount(value, unit) {
-  return unit === "bytes" ? bytes(value) : `${count(value)}${NB}${unit}`;
+  return unit === "bytes" ? bytes(value) : `${count(value)}${NB}${unitOf(unit)}`;
 }
 
 function pair(done, total, unit) {
-  if (unit !== "bytes") return `${count(done)} of ${count(total)}${NB}${unit}`;
+  if (unit !== "bytes") return `${count(done)} of ${count(total)}${NB}${unitOf(unit)}`;
   const step = power(total);
   return `${done === 0 ? "0" : scaled(done, step)} of ${scaled(total, step)}${NB}${UNITS[step]}`;
 }
@@ -233,7 +270,7 @@ function pair(done, total, unit) {
 function rate(value, unit) {
   if (value === null || value === undefined) return "";
   if (unit === "bytes") return `${bytes(Math.round(value))}/s`;
-  return `${value >= 100 ? count(Math.round(value)) : short.format(value)}${NB}${unit}/s`;
+  return `${value >= 100 ? count(Math.round(value)) : short.format(value)}${NB}${unitOf(unit)}/s`;
 }
 
 const SCALES = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]];
