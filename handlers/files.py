@@ -10,7 +10,7 @@ from errors import SluiceError
 from handlers.auth import is_prefetch
 from handlers.base import BaseHandler, check_text
 from handlers.send import send_stored
-from jobs.files import clean_name
+from jobs.files import clean_path
 from jobs.rows import file_row
 
 
@@ -116,9 +116,11 @@ class NewestHandler(_Reading):
 
     async def _redirect(self, name: str) -> None:
         self.wishes()
-        if clean_name(name, "name") != unicodedata.normalize("NFC", name):
+        stored = unicodedata.normalize("NFC", name)
+        folders, _, last = name.rpartition("/")
+        if clean_path(folders, last) != stored:
             raise SluiceError("invalid-field", f"{name[:80]!r} is no file's name.", field="name")
-        file = await self.services.files.newest(clean_name(name), self.caller.owner)
+        file = await self.services.files.newest(stored, self.caller.owner)
         if file is None:
             raise SluiceError("file-unknown", f"There is no file named {name[:80]!r}.")
         query = f"?{self.request.query}" if self.request.query else ""

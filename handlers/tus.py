@@ -36,7 +36,7 @@ from handlers.base import BaseHandler
 from handlers.growing import GrowingHandler
 from handlers.send import send_stored
 from jobs import File, Job
-from jobs.files import clean_name, uuid7
+from jobs.files import clean_path, uuid7
 from jobs.states import FINAL
 from jobs.upload import Plan, plan_of
 
@@ -84,12 +84,14 @@ class Metadata(NamedTuple):
 
     @property
     def name(self) -> str | None:
-        """The file's name, if a usable one is given."""
-        for key in ("filename", "name"):
-            try:
-                return clean_name(_text(self.values.get(key, b"")))
-            except SluiceError:
-                continue
+        """The file's name, if a usable one is given, below the folders of a ``relativePath``."""
+        folders = _text(self.values.get("relativePath", b"")).rpartition("/")[0]
+        for above in (folders, ""):  # a path that leads elsewhere is none
+            for key in ("filename", "name"):
+                try:
+                    return clean_path(above, _text(self.values.get(key, b"")))
+                except SluiceError:
+                    continue
         return None
 
     @property

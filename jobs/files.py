@@ -29,7 +29,7 @@ log = logging.getLogger("sluice.files")
 
 DIGESTS = ("sha-256", "crc-32")  # that are computed where any is wanted: one pass, and one answer
 
-_MAX_NAME_BYTES = 255
+_MAX_NAME_BYTES, _MAX_PATH_BYTES = 255, 1024
 _TINY_BYTES = 256 << 10  # takes less time here than to tell another process
 _SMALL_BYTES = 16 << 20  # is hashed while its first reader waits: some hundredths of a second
 _ASKED_BYTES = 256 << 20  # so is this for who asks for a digest
@@ -52,7 +52,7 @@ def uuid7() -> str:
 
 
 def clean_name(raw: str, field: str = "file_name") -> str:
-    """A file name as it is stored: a label, never a path.
+    """A file name as it is stored: a label, never a path (but see clean_path).
 
     Only the part behind the last slash or backslash, without control characters, in NFC. Raises
     invalid-field for what is then empty, ``.``, ``..`` or longer than 255 bytes.
@@ -67,6 +67,19 @@ def clean_name(raw: str, field: str = "file_name") -> str:
             "invalid-field", f"{field}: the name is longer than 255 bytes.", field=field
         )
     return name
+
+
+def clean_path(folders: str, name: str) -> str:
+    """The name, below its folders: what a sender of whole folders stores a file as.
+
+    Each part is cleaned as a name is, and none leads up; the whole has at most 1,024 bytes. Raises
+    invalid-field as ``clean_name`` does.
+    """
+    parts = [clean_name(part) for part in folders.split("/") if part.strip() not in ("", ".")]
+    path = "/".join([*parts, clean_name(name)])
+    if len(path.encode()) > _MAX_PATH_BYTES:
+        raise SluiceError("invalid-field", "The path is longer than 1,024 bytes.", field="path")
+    return path
 
 
 def media_type_of(name: str) -> str:

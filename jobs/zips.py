@@ -112,24 +112,29 @@ class Names:
 
 
 def safe_name(name: str) -> str:
-    """A name that no program unpacks outside of the folder it was told: one plain component."""
+    """A name that no program unpacks outside of the folder it was told: plain components."""
+    return "/".join(map(_plain, name.split("/")))
+
+
+def _plain(part: str) -> str:
     odd = ("Cc", "Cs")  # control characters, and halves of characters
-    name = "".join("_" if c in "/\\" or unicodedata.category(c) in odd else c for c in name)
-    if re.match(r"[A-Za-z]:", name):  # a drive of Windows
-        name = name.replace(":", "_", 1)
-    if name.strip(". ") == "":  # also ".." itself
-        name = f"_{name}"
-    return _numbered(name)
+    part = "".join("_" if c == "\\" or unicodedata.category(c) in odd else c for c in part)
+    if re.match(r"[A-Za-z]:", part):  # a drive of Windows
+        part = part.replace(":", "_", 1)
+    if part.strip(". ") == "":  # also ".." itself, and the root
+        part = f"_{part}"
+    return _numbered(part)
 
 
 def _numbered(name: str, n: int | None = None) -> str:
-    """``stem (n).ending``, with a stem so short that the whole is a file name."""
+    """``stem (n).ending``, with a stem so short that the last part is a file name."""
+    folders, slash, name = name.rpartition("/")
     stem, dot, ending = name.rpartition(".")
     if not stem or len(ending) > _NAME_BYTES // 8:
         stem, dot, ending = name, "", ""
     tail = (f" ({n})" if n is not None else "") + dot + ending
     room = _NAME_BYTES - len(tail.encode())
-    return stem.encode()[:room].decode(errors="ignore") + tail
+    return folders + slash + stem.encode()[:room].decode(errors="ignore") + tail
 
 
 def _key(name: str) -> str:

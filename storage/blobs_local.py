@@ -269,7 +269,7 @@ class LocalBlobs:
             folder.mkdir(exist_ok=True)
             if os.listdir(folder):  # a rename would replace bytes that never change
                 raise SluiceError("storage-failed", "The blob has been published before.")
-            os.rename(unfinished, folder / name)
+            os.rename(unfinished, self._path(blob_id, name))
             members = self._members / blob_id
             linked = (members, self._members) if members.is_dir() else ()
             for path in (*linked, folder, self._uploads):
@@ -320,7 +320,9 @@ class LocalBlobs:
             raise
 
     def _path(self, blob_id: str, name: str | None) -> Path:
-        return self._uploads / blob_id / name if name is not None else self._tmp / blob_id
+        if name is None:
+            return self._tmp / blob_id
+        return self._uploads / blob_id / name.rpartition("/")[2]  # a name may tell folders
 
     def _hold(self, path: Path) -> int:
         """Open a blob for reading; its bytes are there until ``_release``."""
@@ -336,7 +338,7 @@ class LocalBlobs:
 
     async def link(self, blob_id: str, source_id: str, source_name: str) -> None:
         """See the contract: a hard link."""
-        source, folder = self._uploads / source_id / source_name, self._members / blob_id
+        source, folder = self._path(source_id, source_name), self._members / blob_id
         try:
             try:
                 os.link(source, folder / source_id)

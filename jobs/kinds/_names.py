@@ -16,8 +16,12 @@ def check_name(name: str) -> None:
 
 
 def with_suffix(stem: str, suffix: str) -> str:
-    """The two as one name; the stem is cut where that would be too long."""
-    kept = stem.encode()[: _MAX_BYTES - len(suffix.encode())].decode(errors="ignore")
+    """The two as one name, without folders; the stem is cut where that would be too long."""
+    kept = (
+        stem.rpartition("/")[2]
+        .encode()[: _MAX_BYTES - len(suffix.encode())]
+        .decode(errors="ignore")
+    )
     return kept.rstrip() + suffix
 
 

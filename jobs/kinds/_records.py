@@ -102,7 +102,8 @@ class Records(Protocol):
 
 
 def stem_of(name: str) -> str:
-    """A file's name without the suffix that tells its format."""
+    """A file's name without its folders, and without the suffix that tells its format."""
+    name = name.rpartition("/")[2]
     for suffix in _SUFFIXES:
         if name.lower().endswith(suffix) and len(name) > len(suffix):
             return name[: -len(suffix)]

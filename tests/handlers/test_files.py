@@ -372,7 +372,10 @@ def test_by_name_finds_a_name_however_it_is_composed(caller: Caller) -> None:
     [
         ("nothing.bin", 404, "file-unknown"),
         ("{id}", 404, "file-unknown"),
-        ("a%2Fb", 400, "invalid-field"),
+        ("a%2Fb", 404, "file-unknown"),
+        ("a%2F%2Fb", 400, "invalid-field"),
+        ("%2Fb", 400, "invalid-field"),
+        ("a%2F", 400, "invalid-field"),
         ("..%2F..%2Fstate.db", 400, "invalid-field"),
         ("a%5Cb", 400, "invalid-field"),
         ("a%00b", 400, "invalid-field"),

@@ -8,11 +8,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import email.utils
+import io
 import os
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 from uuid import uuid4
 
 import pytest
@@ -230,17 +233,49 @@ def test_metadata_is_returned(tus: Tus, given: str, returned: str) -> None:
         ({"filename": "C:\\x\\y.txt", "filetype": "text"}, "y.txt", "text/plain"),
         ({"filename": b"\xfcber.txt", "filetype": b"a/b\r\nX: y"}, "über.txt", "text/plain"),
         ({"filename": "..", "name": "fine.txt"}, "fine.txt", "text/plain"),
+        ({"filename": "a.txt", "relativePath": "x/ü y/a.txt"}, "x/ü y/a.txt", "text/plain"),
+        ({"filename": "b.txt", "relativePath": "/x//./a.txt"}, "x/b.txt", "text/plain"),
+        ({"filename": "a.txt", "relativePath": "null"}, "a.txt", "text/plain"),
+        ({"filename": "a.txt", "relativePath": "../x/a.txt"}, "a.txt", "text/plain"),
+        ({"filename": "a.txt", "relativePath": "x/" * 600 + "a.txt"}, "a.txt", "text/plain"),
+        ({"filename": "../a.txt", "relativePath": "C:\\x/y\0/"}, "x/y/a.txt", "text/plain"),
     ],
 )
 def test_metadata_names_the_file(
     tus: Tus, given: dict[str, str | bytes], name: str, media_type: str
 ) -> None:
-    """The file gets the name and the type that clients tell; a name is never a path."""
+    """The file gets the name and the type that clients tell; folders only by relativePath."""
     header = ",".join(f"{key} {encoded(value)}" for key, value in given.items())
     path = tus.whole(b"x", Upload_Metadata=header)
     file = tus.file(path)
     assert (file["name"], file["media_type"]) == (name, media_type)
     assert tus.ask("GET", path).headers["Content-Type"] == media_type
+
+
+def test_folders_are_part_of_the_name_only(tus: Tus) -> None:
+    """A file with folders is found by its whole name; what leaves or is made has the last part."""
+    header = f"filename {encoded('ü.txt')},relativePath {encoded('one/two/ü.txt')}"
+    file = tus.file(tus.whole(b"deep", Upload_Metadata=header))
+    found = tus.ask("GET", f"/v1/files/by-name/{quote('one/two/ü.txt', safe='')}")
+    assert found.headers["Location"] == f"/v1/files/{file['id']}/content"
+    content = tus.ask("GET", found.headers["Location"])
+    assert content.body == b"deep"
+    assert quote("ü.txt") in content.headers["Content-Disposition"]
+    assert "one" not in content.headers["Content-Disposition"]
+    made = {}
+    for kind, params in (
+        ("archive", {"files": ["one/two/ü.txt"]}),
+        ("compress", {"file": file["id"]}),
+    ):
+        started = tus.server.post("/v1/jobs", {"kind": kind, "params": params})
+        assert started.status in (200, 201, 202), started
+        made[kind] = tus.server.wait_for(started.json["id"], "succeeded")["artifacts"][0]
+    assert made["compress"]["name"].startswith("ü.txt.")
+    archive = tus.ask("GET", f"/v1/files/{made['archive']['file']}/content").body
+    with zipfile.ZipFile(io.BytesIO(archive)) as unpacked:
+        assert {i.filename: unpacked.read(i) for i in unpacked.infolist()} == {
+            "one/two/ü.txt": b"deep"
+        }
 
 
 @pytest.mark.parametrize("given", ["", "filename", f"filename {encoded('x' * 300)}", "name Li4="])
