@@ -1,45 +1,95 @@
-// What is said of the connection: beside the title always, in a banner while it is down.
+// How it stands with the connection: a word in the header, and a banner over the page.
+//
+// Strategy. status() is called twice a second, and whenever the channel has changed; all that is shown follows
+// from the channel. Who is back within a second is not told. What ends while the connection is lost or the
+// page is hidden is counted by the store, once, and told when all of it is here and somebody looks.
 
 import { announce, button, el, icon, setAttr, setText } from "./dom.js";
 import { format, words } from "./words.js";
 
-const BANNER_MS = 1000;
-const SILENT_MS = 4000;
+const LOST_MS = 1000;
+const SILENT_MS = 2000;
+const FEW = 20; // events behind that are not worth a word
+const AWAY_MS = 30000;
 const CROWDED = 4429; // the close code for too many connections
 
 export class Banner {
   constructor(app) {
     this.app = app;
-    this.text = el("span", { class: "live-text" });
-    this.live = el("span", { class: "live" }, el("span", { class: "dot" }), this.text);
-    this.what = el("span");
+    this.now = el("span", { class: "live-text" });
+    this.live = el("span", { class: "live" }, el("span", { class: "dot" }), this.now);
+    this.said = el("span");
     this.next = el("span", { class: "banner-next" });
-    this.button = button("", () => (app.channel.state === "ended" ? location.reload() : app.channel.retry()));
-    this.node = el("aside", { class: "banner", "aria-label": words.bannerLabel, hidden: true }, icon("clock"), this.what, this.next, this.button);
-    this.lost = false;
+    this.button = button("", () => this.press());
+    this.close = button(icon("cross"), () => this.show(null), { class: "quiet", "aria-label": words.dismiss });
+    this.node = el("aside", { class: "banner", "aria-label": words.bannerLabel, hidden: true }, icon("clock"), this.said, this.next, this.button, this.close);
+    this.shown = null; // lost, ended, away, or nothing
+    this.left = false; // it was lost for long enough to be told, or the page was hidden
   }
 
   status() {
     const { channel, store } = this.app;
-    const { state } = channel;
-    const silent = performance.now() - channel.heardAt;
-    const text = state === "live"
-      ? silent > SILENT_MS && document.visibilityState === "visible" ? words.silent(Math.round(silent / 1000)) : words.live(channel.rtt)
-      : state === "connecting" ? words.connecting : words.lost;
-    setText(this.text, text);
-    setAttr(this.live, "data-state", state === "live" && silent > SILENT_MS ? "silent" : state);
+    const { state, behind } = channel;
+    const hidden = document.visibilityState === "hidden";
+    const age = performance.now() - channel.heardAt;
+    const silent = state === "live" && age > SILENT_MS && !hidden;
+    setText(this.now, state === "connecting" ? words.connecting : state !== "live" ? words.lost
+      : silent ? words.asOf(format.second(Date.now() - age)) : behind > FEW ? words.behind(format.count(behind)) : words.live(channel.rtt));
+    setAttr(this.live, "data-state", silent ? "silent" : state);
+    const down = state === "ended" || (state === "lost" && (channel.restarting || this.shown === "lost" || Date.now() - channel.lostAt > LOST_MS));
+    this.left ||= down || hidden;
+    if (down) this.down(state);
+    if (state !== "live" || hidden) store.away ??= {};
+    else if (store.away && behind === 0) this.back();
+  }
+
+  down(state) {
+    const { channel, store } = this.app;
+    const s = Math.max(0, Math.ceil((channel.retryAt - Date.now()) / 1000));
     const ended = state === "ended";
-    const down = ended || (state === "lost" && (channel.restarting || Date.now() - channel.lostAt > BANNER_MS));
-    if (down) {
-      setText(this.what, ended ? (channel.code === CROWDED ? words.banner.crowded : words.banner.ended) : channel.restarting ? words.banner.restart
-        : store.ready ? words.banner.lost(format.second(channel.lostAt)) : words.banner.never);
-      const s = Math.ceil(((channel.retryAt ?? 0) - Date.now()) / 1000);
-      setText(this.next, ended ? "" : words.banner.again(channel.retryAt ? s : 0));
-      setText(this.button, ended ? words.banner.reload : words.banner.now);
-      if (!this.lost) announce(this.what.textContent);
-    } else if (this.lost && state === "live") announce(words.back);
-    if (state !== "lost" || down) this.lost = down;
-    this.node.hidden = !(down || (state === "lost" && this.lost));
-    document.body.classList.toggle("stale", !this.node.hidden);
+    setText(this.said, ended ? (channel.code === CROWDED ? words.banner.crowded : words.banner.ended)
+      : channel.restarting ? words.banner.restart(s) : store.ready ? words.banner.lost(format.second(channel.lostAt)) : words.banner.never);
+    setText(this.next, ended || (channel.restarting && s) ? "" : words.banner.again(s));
+    this.show(ended ? "ended" : "lost", ended ? words.banner.reload : words.banner.now);
+  }
+
+  // Everything is here again that was missed.
+  back() {
+    const { store } = this.app;
+    const { succeeded = 0, failed = 0, cancelled = 0 } = store.away;
+    const lost = this.shown === "lost";
+    store.away = null;
+    if (this.left && succeeded + failed + cancelled) {
+      this.to = failed ? "failed" : succeeded ? "done" : "cancelled";
+      setText(this.said, words.banner.away(succeeded, failed, cancelled));
+      setText(this.next, "");
+      this.show("away", words.banner.see);
+    } else if (lost) {
+      announce(words.back);
+      this.show(null);
+    }
+    this.left = false;
+  }
+
+  show(what, label) {
+    if (what) setText(this.button, label);
+    if (what === this.shown && what !== "away") return;
+    this.shown = what;
+    this.node.hidden = !what;
+    this.close.hidden = what !== "away";
+    document.body.classList.toggle("stale", what === "lost" || what === "ended");
+    if (what) announce(this.said.textContent);
+    clearTimeout(this.timer);
+    if (what === "away") this.timer = setTimeout(() => this.show(null), AWAY_MS);
+  }
+
+  press() {
+    const { channel, go } = this.app;
+    if (this.shown === "ended") location.reload();
+    else if (this.shown === "lost") channel.retry();
+    else {
+      this.show(null);
+      go(`jobs?state=${this.to}`);
+    }
   }
 }

@@ -1,125 +1,149 @@
-// The live channel: one WebSocket that speaks jobs.v1.
+// What one tab asks of the live channel, and how it misses nothing.
 //
 // Strategy. The cursor (epoch, s) of the last applied message is the truth about what this page has seen.
 // An ev or mark is applied only if its p is that s; else something was lost, and the page subscribes again
 // from its cursor. Until the ack it takes neither. The server then fills the gap, or sends a snapshot: its
-// first page is what comes while there is no cursor. All other pages are asked for when they are wanted,
-// so half a snapshot is a fine place to resume here. A lost connection is opened again with full jitter
-// and resumes the same way. A command is a promise that ack or err settles; one that the connection's end
-// leaves open is rejected, because nobody knows whether it was carried out.
+// first page is what comes while there is no cursor. All other pages are asked for one at a time, so half
+// a snapshot is a fine place to resume here. After every new connection of socket.js all subscriptions are
+// said again. So are commands that were not answered, under the key by which the server knows them again.
 
-const PROTOCOL = "jobs.v1.json";
-const SUB = 1;
-const STEP_MS = 500;
-const MOST_MS = 30000;
+import { serve } from "./socket.js";
+import { words } from "./words.js";
+
+const LIST = 1;
+const AGAIN_MS = 1000;
 const ACK_MS = 20000;
-const PROBE_MS = 10000;
-const REPLACED = 4409;
+
+const random = () => crypto.getRandomValues(new Uint32Array(4)).join("-");
 
 export class CommandError extends Error {
-  constructor(frame) {
-    super(frame.msg ?? "");
-    this.code = frame.code;
-    this.next = frame.next ?? "";
-    this.field = frame.field ?? null;
+  constructor({ code, msg = "", next = "", field = null }) {
+    super(msg);
+    Object.assign(this, { code, next, field });
   }
 }
 
 export class Channel {
-  // handlers: tab(anew) names this tab, by a new name if anew; frame(frame, first) for snap, ev, p, counts,
-  // now, and the ack of a resumed subscription; status() whenever the state has changed.
+  // handlers: frame(frame, first) for snap, ev, p, counts, now, and the ack of a resumed subscription; it
+  // returns the cursor of the page to be sent next, if any. status() whenever the state has changed.
   constructor(handlers) {
     this.handlers = handlers;
-    this.tab = handlers.tab(false);
     this.state = "connecting"; // connecting, live, lost, ended
     this.code = null; // of the last close
     this.restarting = false;
     this.lostAt = null;
     this.retryAt = null;
-    this.heardAt = 0; // performance.now() of the last frame
+    this.heardAt = performance.now(); // of the last frame
     this.rtt = null;
     this.epoch = null;
     this.s = null;
-    this.tries = 0;
-    this.nextId = 0;
-    this.commands = new Map();
+    this.goal = 0; // the newest event when the connection was made
+    this.conn = null;
     this.asked = false; // a subscription is not answered yet
-    this.pauseMs = null; // what the server wants to be waited for
-    this.hb = 15;
-    addEventListener("online", () => this.retry());
+    this.last = LIST;
+    this.logs = new Map();
+    this.commands = new Map();
+    addEventListener("online", () => this.post({ t: "net", online: true }));
+    addEventListener("offline", () => this.post({ t: "net", online: false }));
+    addEventListener("pagehide", () => this.post({ t: "leave" }));
+    addEventListener("pageshow", (event) => { if (event.persisted) this.open(); });
     document.addEventListener("visibilitychange", () => {
-      if (this.state === "live") this.say({ t: "set", vis: document.visibilityState });
-      if (document.visibilityState === "visible") this.watch();
+      this.post({ t: "vis", vis: document.visibilityState });
+      this.handlers.status();
     });
-    setInterval(() => this.watch(), 1000);
-    setInterval(() => this.probe(), PROBE_MS);
+    setInterval(() => this.handlers.status(), 500);
   }
 
   open() {
-    clearTimeout(this.timer);
-    this.retryAt = null;
-    const scheme = location.protocol === "https:" ? "wss" : "ws";
-    const socket = new WebSocket(`${scheme}://${location.host}/v1/ws`, [PROTOCOL]);
-    this.socket = socket;
+    try {
+      const worker = new SharedWorker(new URL("./socket.js", import.meta.url), { type: "module", name: "sluice-1" });
+      worker.onerror = () => this.inPage(); // it knows no modules
+      this.join(worker.port);
+      const name = random();
+      navigator.locks?.request(name, () => {
+        this.post({ t: "lock", name });
+        return new Promise(() => {}); // until this tab is gone
+      });
+    } catch {
+      this.inPage();
+    }
+  }
+
+  inPage() {
+    const { port1, port2 } = new MessageChannel();
+    serve(port2);
+    this.join(port1);
+  }
+
+  join(port) {
+    this.port = port;
+    this.conn = null;
+    port.onmessage = ({ data }) => { if (port === this.port) this.told(data); };
+    this.post({ t: "join", vis: document.visibilityState });
+  }
+
+  post(message) {
+    this.port.postMessage(message);
+  }
+
+  told({ base, status, frames }) {
+    if (base) this.base = base;
+    if (status) this.line(status);
+    if (!frames) return;
     this.heardAt = performance.now();
-    socket.onopen = () => {
-      this.saidAt = performance.now();
-      this.say({ t: "hello", ver: 1, cid: this.tab, feat: ["now"], vis: document.visibilityState });
-      this.subscribe();
-    };
-    socket.onmessage = (event) => {
-      if (socket !== this.socket) return;
-      this.heardAt = performance.now();
-      const said = JSON.parse(event.data);
-      for (const frame of Array.isArray(said) ? said : [said]) this.hear(frame);
-    };
-    socket.onclose = (event) => { if (socket === this.socket) this.closed(event.code); };
+    for (const frame of frames) this.hear(frame);
+  }
+
+  // The connection is in another state, or another one. This page is live once its list is.
+  line({ state, conn, s, ...rest }) {
+    const { lostAt } = this;
+    Object.assign(this, rest);
+    if (state !== "live") {
+      this.state = state;
+      this.conn = null;
+    } else {
+      this.lostAt = this.state === "live" ? null : lostAt;
+      if (conn !== this.conn) {
+        this.conn = conn;
+        this.goal = s;
+        this.subscribe();
+        for (const id of this.logs.keys()) this.subscribeLog(id);
+        for (const { frame } of this.commands.values()) this.post(frame);
+      }
+    }
+    this.handlers.status();
+  }
+
+  // How many events, of whomever, came while this page was away and are not here yet.
+  get behind() {
+    return Math.max(0, this.goal - (this.s ?? 0));
   }
 
   subscribe() {
     this.asked = true;
     const resume = this.s === null ? {} : { epoch: this.epoch, s: this.s };
-    this.say({ t: "sub", id: SUB, f: {}, ...resume });
-  }
-
-  say(frame) {
-    if (this.socket?.readyState === WebSocket.OPEN) this.socket.send(JSON.stringify(frame));
+    this.post({ t: "sub", id: this.base + LIST, f: {}, page: 200, ...resume });
   }
 
   hear(frame) {
+    const id = frame.id - this.base;
     switch (frame.t) {
-      case "welcome":
-        this.hb = frame.hb;
-        this.rtt = Math.round(performance.now() - this.saidAt);
-        break;
-      case "snap":
-        if (frame.id === SUB) this.snap(frame);
-        break;
-      case "reset":
-        if (frame.id === SUB) this.reset();
-        break;
+      case "snap": return this.snap(frame);
+      case "reset": return this.reset();
       case "ev":
       case "mark":
-        if (frame.id === SUB && !this.asked) this.follow(frame);
-        break;
+        return this.asked ? undefined : this.apply(frame);
+      case "log": return this.log(id, frame);
       case "ack":
-        if (frame.id === SUB) this.answered(frame);
-        else this.settle(frame.id, (command) => command.resolve(frame));
-        break;
+        return id === LIST ? this.answered(frame) : this.settle(frame.id, (command) => command.resolve(frame));
       case "err":
-        if (frame.id === SUB) this.socket.close();
-        else this.settle(frame.id, (command) => command.reject(new CommandError(frame)));
-        break;
-      case "bye":
-        this.restarting = true;
-        this.pauseMs = frame.retry_ms;
-        break;
+        // That of a log is known by its silence: its job is gone.
+        if (id === LIST) return setTimeout(() => this.subscribe(), AGAIN_MS);
+        return this.settle(frame.id, (command) => command.reject(new CommandError(frame)));
       case "hb":
-        this.say({ t: "hb", s: this.s ?? 0 });
         if (!this.asked && this.s !== null && frame.s > this.s) this.subscribe();
-        break;
-      default:
-        this.handlers.frame(frame);
+        return undefined;
+      default: return this.handlers.frame(frame);
     }
   }
 
@@ -127,7 +151,7 @@ export class Channel {
     this.asked = false;
     if (ack.resumed) {
       this.synced();
-      this.handlers.frame(ack);
+      this.more(this.handlers.frame(ack));
     } else this.epoch = this.s = null; // a snapshot follows
   }
 
@@ -142,16 +166,22 @@ export class Channel {
   // A page's number does not tell whether it is the first: each subscription counts its own.
   snap(page) {
     const first = this.s === null;
-    if (first && this.asked) return;
     if (first) {
+      if (this.asked) return;
       this.epoch = page.epoch;
       this.s = page.s;
       this.synced();
     }
-    this.handlers.frame(page, first);
+    this.more(this.handlers.frame(page, first));
   }
 
-  follow(message) {
+  // Ask for a page. While a subscription is not answered this does nothing: the page might belong to a
+  // list that a snapshot replaces.
+  more(cursor) {
+    if (!this.asked && this.s !== null && cursor) this.post({ t: "more", id: this.base + LIST, cursor });
+  }
+
+  apply(message) {
     if (message.p !== this.s) {
       this.subscribe();
       return;
@@ -163,83 +193,52 @@ export class Channel {
   synced() {
     if (this.state === "live") return;
     this.state = "live";
-    this.tries = 0;
-    this.restarting = false;
     this.lostAt = null;
     this.handlers.status();
   }
 
-  closed(code) {
-    for (const id of [...this.commands.keys()]) {
-      this.settle(id, (command) => command.reject(new CommandError({ code: "offline" })));
-    }
-    if (this.state === "live") this.lostAt = Date.now();
-    this.socket = null;
-    this.code = code;
-    // A tab that is duplicated has the name of the first, and ends its connection.
-    if (code === REPLACED) this.tab = this.handlers.tab(true);
-    else if (code >= 4400 && code < 4500) {
-      this.state = "ended";
-      this.handlers.status();
-      return;
-    }
-    this.state = "lost";
-    this.lostAt ??= Date.now();
-    if (code === 1012) this.restarting = true;
-    const wait = this.pauseMs ?? Math.random() * Math.min(MOST_MS, STEP_MS * 2 ** this.tries);
-    this.pauseMs = null;
-    this.tries += 1;
-    this.retryAt = Date.now() + wait;
-    this.timer = setTimeout(() => this.open(), wait);
-    this.handlers.status();
-  }
-
-  // Connect now rather than when the jitter says.
   retry() {
-    if (this.state === "lost" && this.retryAt !== null) this.open();
+    this.post({ t: "retry" });
   }
 
-  watch() {
-    const silent = performance.now() - this.heardAt;
-    if (this.socket && silent > (2 * this.hb + 5) * 1000) {
-      const socket = this.socket;
-      socket.onclose = null;
-      socket.close();
-      this.closed(1006);
-    }
-    this.handlers.status();
+  // Follow the log of a job, over all reconnects: fn(lines, from) is told the newest 1000, then all that come.
+  follow(job, fn) {
+    this.last += 1;
+    const id = this.last;
+    this.logs.set(id, { job, fn, from: null });
+    if (this.conn !== null) this.subscribeLog(id);
+    return () => {
+      this.logs.delete(id);
+      this.post({ t: "unsub", id: this.base + id });
+    };
   }
 
-  // How long an answer takes; only asked of a server that is there.
-  async probe() {
-    if (this.state !== "live" || document.visibilityState !== "visible") return;
-    const from = performance.now();
-    try {
-      await fetch("/healthz", { cache: "no-store" });
-      this.rtt = Math.round(performance.now() - from);
-    } catch {
-      this.rtt = null;
-    }
+  subscribeLog(id) {
+    const { job, from } = this.logs.get(id);
+    this.post({ t: "sub", id: this.base + id, log: job, ...(from === null ? {} : { from }) });
   }
 
-  // Ask for a page. While a subscription is not answered this does nothing: the page might belong to a
-  // list that a snapshot replaces.
-  more(cursor) {
-    if (!this.asked && this.s !== null) this.say({ t: "more", id: SUB, cursor });
+  log(id, { from, lines }) {
+    const log = this.logs.get(id);
+    if (!log) return;
+    log.from = lines.at(-1).n;
+    log.fn(lines, from);
   }
 
-  // Resolves with the ack once the change is committed; rejects with a CommandError.
-  command(op, job, args = {}) {
+  // Resolves with the ack once the change is committed; rejects with a CommandError. target: the id of a job,
+  // {jobs: ids}, {f: filter}, or null.
+  command(op, target, args = {}) {
     return new Promise((resolve, reject) => {
       if (this.state !== "live") {
-        reject(new CommandError({ code: "offline" }));
+        reject(new CommandError({ code: "offline", msg: words.offline }));
         return;
       }
-      this.nextId += 1;
-      const id = `c${this.nextId}`;
-      const timer = setTimeout(() => this.settle(id, (c) => c.reject(new CommandError({ code: "offline" }))), ACK_MS);
-      this.commands.set(id, { resolve, reject, timer });
-      this.say({ t: "cmd", id, op, ...(job ? { job } : {}), args });
+      this.last += 1;
+      const id = `${this.base}c${this.last}`;
+      const frame = { t: "cmd", id, op, key: random(), args, ...(typeof target === "string" ? { job: target } : target) };
+      const late = () => this.settle(id, () => reject(new CommandError({ code: "unanswered", msg: words.unanswered })));
+      this.commands.set(id, { frame, resolve, reject, timer: setTimeout(late, ACK_MS) });
+      this.post(frame);
     });
   }
 

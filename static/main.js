@@ -38,8 +38,7 @@ function clientId() {
 
 const app = { me: clientId(), store: new Store(), places: new Map(), choose, chooseFor, go };
 const banner = new Banner(app);
-app.channel = new Channel({ tab: () => Math.random().toString(36), frame: (frame, first) => app.store.frame(frame, first), status: () => banner.status() });
-app.store.more = () => app.store.nextPage(app.channel);
+app.channel = new Channel({ frame: (frame, first) => app.store.frame(frame, first), status: () => banner.status() });
 app.uploads = new Uploads(app);
 const views = { jobs: new JobsView(app), files: new FilesView(app), processes: new ProcessView(app), overview: new Overview(app), job: new JobView(app) };
 app.views = views;

@@ -1,26 +1,35 @@
-// What this page knows of the jobs: rows by id, counts and numbers as the server tells them.
+// What this page knows of the jobs: rows by id and newest first, counts and numbers as the server tells them.
 //
 // Strategy. A row is replaced whole by any row of a higher version, from wherever it comes, so
 // duplicates and overlaps of snapshot and events do no harm. Progress comes under the job's number h and
 // is dropped if it is of another version. A bar never goes back while its job is unfinished: done only
-// grows. Counts are the server's, never counted here, because not all rows need be loaded. Pages of a
-// snapshot are fetched on demand, and as many again after a reset.
+// grows. Counts are the server's, never counted here, because not all rows need be here: pages of older
+// ones come one after another, up to MOST. Numbers fall from page to page, so after a reset a page tells
+// which of the rows that are shown are gone. Everything that finds a row by its number halves its way.
 
 const FINAL = new Set(["succeeded", "failed", "cancelled"]);
+const MOST = 10000;
+const FOUND = 500; // by one search
+const SAMPLES = 60;
+const STILL_MS = 5000;
+
 export const isFinal = (row) => FINAL.has(row.state);
 export const isTransfer = (row) => row.kind === "upload" || row.kind === "download";
 
 export class Store {
   constructor() {
     this.rows = new Map();
-    this.byNumber = new Map();
+    this.sorted = []; // newest first
     this.counts = {};
-    this.cursor = null; // of the next page; null: all are here
-    this.paging = false;
-    this.pages = 1;
     this.now = null;
     this.ready = false;
+    this.complete = false; // all rows that the server has are here
+    this.cursor = null; // of the page behind the oldest one
+    this.wanted = null; // the cursor of the page that is to come next
     this.epoch = null;
+    this.fresh = new Set(); // ids that this snapshot, or an event since, has named
+    this.gone = new Set(); // ids that were deleted: what REST has said before must not bring them back
+    this.away = null; // {state: n} of what ends while nobody looks, if that is wanted
     this.listeners = new Set();
   }
 
@@ -34,16 +43,18 @@ export class Store {
     for (const listener of this.listeners) listener(change);
   }
 
-  get sorted() {
-    this.order ??= [...this.rows.values()].sort((a, b) => b.h - a.h);
-    return this.order;
+  get total() {
+    return Object.values(this.counts).reduce((sum, n) => sum + n, 0);
   }
 
-  // first: of a snap, whether it begins a list rather than goes on with it.
+  // first: of a snap, whether it begins a list rather than goes on with it. Returns the cursor of the page
+  // that is wanted next.
   frame(frame, first) {
     switch (frame.t) {
       case "snap": return this.snapshot(frame, first);
-      case "ack": return this.resumed();
+      case "ack": // what was missed has yet to come; a page that was asked for does not
+        this.tell({ rows: null });
+        return this.wanted;
       case "ev": return this.event(frame);
       case "p": return this.progress(frame);
       case "counts":
@@ -51,67 +62,108 @@ export class Store {
         return this.tell({ counts: true });
       case "now":
         this.now = frame;
+        this.sample();
         return this.tell({ now: true });
       default: return undefined;
     }
   }
 
-  snapshot(frame, first) {
-    this.paging = false;
-    this.counts = frame.counts;
+  snapshot({ epoch, jobs, counts, last, cursor }, first) {
     if (first) {
-      const before = frame.epoch === this.epoch ? this.rows : new Map();
-      this.epoch = frame.epoch;
-      this.rows = new Map();
-      this.order = null;
-      this.byNumber.clear();
-      this.wanted = this.ready ? this.pages : 1;
-      this.pages = 1;
-      for (const row of frame.jobs) this.put(row, before.get(row.id));
-    } else {
-      this.pages += 1;
-      for (const row of frame.jobs) this.put(row, this.rows.get(row.id));
+      this.newest = this.ready ? this.sorted[0]?.h ?? 0 : Infinity;
+      this.before = this.rows;
+      this.fresh = new Set();
+      if (epoch !== this.epoch) { // numbers may have been given again
+        this.rows = new Map();
+        this.sorted = [];
+        this.gone.clear();
+      }
+      this.epoch = epoch;
     }
-    this.cursor = frame.last ? null : frame.cursor;
+    for (const row of jobs) this.enter(row);
+    this.counts = counts;
+    this.cursor = cursor;
+    this.complete = last;
+    this.wanted = this.fresh.size < MOST ? cursor : null;
+    this.sorted = this.sorted.filter((row) =>
+      row.h < (this.wanted ?? 0) || this.fresh.has(row.id) || !this.rows.delete(row.id));
     this.ready = true;
     this.tell({ rows: null, counts: true });
-    if (this.pages < this.wanted) this.more?.();
-  }
-
-  // A page that was asked for before does not come any more: whoever wants one asks again.
-  resumed() {
-    this.paging = false;
-    this.tell({ rows: null });
-    if (this.pages < this.wanted) this.more?.();
+    return this.wanted;
   }
 
   event(frame) {
-    const old = this.rows.get(frame.row.id);
+    const { row } = frame;
+    const old = this.rows.get(row.id);
     if (frame.to === "deleted") {
-      this.rows.delete(frame.row.id);
-      this.byNumber.delete(frame.row.h);
-      this.order = null;
-    } else if (!this.put(frame.row, old)) return;
-    this.tell({ rows: new Set([frame.row.id]), event: frame });
+      this.gone.add(row.id);
+      if (this.rows.delete(row.id)) this.sorted.splice(this.place(row.h), 1);
+    } else if (row.version <= old?.version || !this.enter(row, true)) return;
+    this.tell({ rows: new Set([row.id]), event: frame });
   }
 
-  put(row, old) {
-    if (old && this.rows.get(row.id) && row.version <= old.version) return false;
+  // Where a job of that number is, or would be.
+  place(h) {
+    let low = 0;
+    let high = this.sorted.length;
+    while (low < high) {
+      const middle = (low + high) >> 1;
+      if (this.sorted[middle].h > h) low = middle + 1;
+      else high = middle;
+    }
+    return low;
+  }
+
+  // Take a row unless a newer one is here; whether it was taken. news: it comes with an event.
+  enter(row, news = false) {
+    const old = this.rows.get(row.id);
+    if (this.gone.has(row.id)) return false;
+    this.fresh.add(row.id);
+    if (row.version < old?.version) return false;
+    const known = old ?? this.before?.get(row.id);
+    if (this.away && isFinal(row) && (news || (known ? !isFinal(known) : row.h > this.newest))) {
+      this.away[row.state] = (this.away[row.state] ?? 0) + 1;
+    }
     if (old && !isFinal(row) && row.progress.done < old.progress.done) row.progress.done = old.progress.done;
-    if (!old || !this.rows.has(row.id)) this.order = null;
-    else if (this.order) this.order[this.order.indexOf(old)] = row;
     row.toldAt = performance.now();
     row.movedAt = old?.movedAt ?? 0;
+    row.rates = old?.rates ?? [];
     this.rows.set(row.id, row);
-    this.byNumber.set(row.h, row.id);
+    this.sorted.splice(this.place(row.h), old ? 1 : 0, row);
     return true;
+  }
+
+  // A row that came over REST.
+  put({ params, ...row }) {
+    if (this.enter(row)) this.tell({ rows: null });
+  }
+
+  // Bring older rows that match, over REST, behind those that are here. The newest search wins.
+  async search({ state = [], kind = [], q = "" }) {
+    const mine = {};
+    this.searching = mine;
+    let after = this.cursor;
+    let found = 0;
+    while (after && found < FOUND) {
+      const query = new URLSearchParams({ limit: 100, after });
+      for (const one of state) query.append("state", one);
+      for (const one of kind) query.append("kind", one);
+      if (q) query.set("q", q.slice(0, 200));
+      const answer = await fetch(`/v1/jobs?${query}`, { cache: "no-store" });
+      if (!answer.ok || this.searching !== mine) return;
+      const page = await answer.json();
+      for (const { params, ...row } of page.items) this.enter(row);
+      if (page.items.length) this.tell({ rows: null });
+      found += page.items.length;
+      after = page.next;
+    }
   }
 
   progress(frame) {
     const changed = new Set();
     for (const [h, version, done, rate, eta, total, phase, message] of frame.u) {
-      const row = this.rows.get(this.byNumber.get(h));
-      if (!row || row.version !== version) continue;
+      const row = this.sorted[this.place(h)];
+      if (row?.h !== h || row.version !== version) continue;
       const progress = row.progress;
       if (done > progress.done) {
         row.movedAt = performance.now();
@@ -122,6 +174,16 @@ export class Store {
       changed.add(row.id);
     }
     if (changed.size) this.tell({ rows: changed });
+  }
+
+  // Once a second: how fast each job is, for its line; one that stands still is told as that.
+  sample() {
+    const now = performance.now();
+    for (const row of this.sorted) {
+      if (row.state !== "running") continue;
+      const moves = now - Math.max(row.movedAt, row.toldAt) < STILL_MS;
+      if (row.rates.push(moves ? row.progress.rate_per_s ?? 0 : 0) > SAMPLES) row.rates.shift();
+    }
   }
 
   // Ask once about an upload that has gone quiet: no event tells that a request has ended between two
@@ -139,14 +201,6 @@ export class Store {
     } catch {
       row.rechecked = null; // asked again at the next beat
     }
-  }
-
-  // Ask for the next page; false if there is none.
-  nextPage(channel) {
-    if (this.cursor === null || this.paging) return false;
-    this.paging = true;
-    channel.more(this.cursor);
-    return true;
   }
 }
 

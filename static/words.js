@@ -26,21 +26,25 @@ export const words = {
   },
   live: (ms) => (ms === null ? "live" : `live · ${ms} ms`),
   connecting: "connecting",
-  silent: (s) => `no news for ${s} s`,
+  asOf: (at) => `as of ${at}`,
+  behind: (n) => `catching up, ${n} behind`,
   lost: "offline",
 
   bannerLabel: "Connection",
   banner: {
     lost: (at) => `The connection was lost at ${at}. What you see is from then.`,
-    restart: "The server is restarting. What you see is from before.",
+    restart: (s) => (s > 0 ? `The server is restarting, back in ${s} s.` : "The server is restarting."),
     never: "The server does not answer.",
     again: (s) => (s > 0 ? `Reconnecting in ${s} s` : "Reconnecting …"),
     now: "Try now",
     ended: "The server has closed this channel. Reload the page to go on.",
     crowded: "You have too many pages open here. Close some, then reload this one.",
     reload: "Reload",
+    away: (...n) => `While you were away: ${["done", "failed", "cancelled"].map((what, i) => n[i] && `${n[i]} ${what}`).filter(Boolean).join(", ")}.`,
+    see: "Show",
   },
   back: "Connected again.",
+  unanswered: "The connection broke before the answer, so it is not known whether it was done. Look at the row.",
   offline: "There is no connection to the server just now.",
 
   now: {
