@@ -31,6 +31,18 @@ export function setAttr(node, name, value) {
   } else if (node.getAttribute(name) !== String(value)) node.setAttribute(name, String(value));
 }
 
+// Give a node these children; what is alike stays, and with it focus and selection.
+export function morph(parent, ...nodes) {
+  const old = [...parent.childNodes];
+  if (old.length !== nodes.length) parent.replaceChildren(...nodes);
+  else old.forEach((node, i) => {
+    if (node.cloneNode().isEqualNode(nodes[i].cloneNode())) morph(node, ...nodes[i].childNodes);
+    else node.replaceWith(nodes[i]);
+  });
+}
+
+export const part = (title, ...rest) => el("section", {}, el("h2", {}, title), ...rest);
+
 // A button with a word, or with a sign and the word for its name.
 export const button = (label, onclick, props = {}) => el("button", { type: "button", onclick, ...props }, label);
 

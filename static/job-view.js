@@ -1,10 +1,188 @@
-// The page of one job.
-import { el } from "./dom.js";
+// The page of one job: its row, what was asked and what came of it, its history, its log.
+//
+// Strategy: the row is that of the list. What rows lack is read each second while the job lives, and the
+// history whenever the version has risen: of a long one both ends, for versions have no holes. Log lines
+// are written once a frame, and wait while the reader looks at older ones.
+
+import { detailsOf } from "./actions.js";
+import { button, copy, el, morph, part, setText } from "./dom.js";
+import { Row, who } from "./row.js";
+import { isFinal, isTransfer } from "./store.js";
+import { format, words } from "./words.js";
+
+const say = words.job;
+const FIRST = 50;
+const NEWEST = 200;
+const LINES = 1000;
+const FACTS = ("kind created_at started_at ended_at took attempt priority owner client not_before after retry_of expires_at deadline_at error safe"
+  + " protocol connected received_bytes stored_bytes durable_bytes limit_bytes_per_s").split(" ");
+const ALWAYS = 8; // of them have their place before they are known, so that nothing moves
+
+const get = async (path) => (await fetch(`/v1/jobs/${path}`)).json();
+const time = (at) => el("time", { title: at }, format.moment(at));
+const none = (given) => (given ?? "").length === 0;
+const atEnd = (box) => box.scrollTop + box.clientHeight > box.scrollHeight - 8;
+
+function value(name, given) {
+  if (none(given)) return "–";
+  if (/_(at|before)$/.test(name) && Date.parse(given)) return time(given);
+  if (/^(after|retry_of)$/.test(name)) return [given].flat().map((id) => el("a", { href: `#job=${id}` }, id));
+  if (/bytes(_per_s)?$/.test(name) && given >= 0) return format.bytes(given) + (name.endsWith("s_per_s") ? "/s" : "");
+  return typeof given === "object" ? el("code", {}, JSON.stringify(given)) : say.bool[given] ?? String(given);
+}
+
+const pairs = (given, names = Object.keys(given)) => names.flatMap((name) =>
+  [el("dt", {}, name.replaceAll("_", " ").replace(/ (at|bytes.*)$/, "")), el("dd", {}, value(name, given[name]))]);
+
 export class JobView {
   constructor(app) {
     this.app = app;
-    this.node = el("div");
+    this.back = el("a", { href: "#jobs" }, say.back);
+    this.lost = el("p", { role: "status" });
+    this.body = el("div");
+    this.node = el("div", { class: "job" }, this.back, this.lost, this.body);
+    // The list is left with its filter in the address.
+    addEventListener("hashchange", ({ oldURL }) => { if (oldURL.includes("#jobs")) this.back.href = new URL(oldURL).hash; });
+    app.store.listen((change) => this.id && this.changed(change));
   }
 
-  show() {}
+  get title() {
+    return this.job?.name;
+  }
+
+  show(params) {
+    this.end("");
+    this.id = params.get("job");
+    this.fresh = [];
+    this.stop = this.app.channel.follow(this.id, (lines) => {
+      this.fresh = [...this.fresh, ...lines].slice(-LINES);
+      this.plan();
+    });
+    this.load();
+  }
+
+  hide() {
+    this.stop?.();
+    this.stop = this.id = this.job = null;
+  }
+
+  // Instead of the page: why there is none.
+  end(text) {
+    this.hide();
+    this.body.replaceChildren();
+    this.lost.textContent = text;
+  }
+
+  build() {
+    const box = (tag, props) => el(tag, { tabindex: 0, ...props });
+    this.row = new Row(this.app, this.job, () => {});
+    [this.facts, this.files, this.data] = [el("dl"), el("ul"), el("dl")];
+    this.list = box("ol", { "aria-label": say.history });
+    this.log = box("div", { class: "log", role: "log", "aria-live": "off", "aria-label": say.log, onscroll: () => this.follow(atEnd(this.log)) });
+    this.older = el("p");
+    this.toggle = button("", () => this.follow(!this.follows));
+    this.n = 0; // of the last line
+    this.follows = true;
+    const raw = box("pre");
+    this.body.replaceChildren(el("h1", {}, this.row.name), el("ul", { class: "jobs" }, this.row.node),
+      el("div", { class: "cols" },
+        el("div", {}, part(say.details, this.facts), part(say.params, el("dl", {}, pairs(this.job.params))), part(say.outcome, this.files, this.data)),
+        part(say.history, this.list)),
+      el("details", { ontoggle: async () => { raw.textContent = JSON.stringify(await detailsOf(this.job), null, 2); } },
+        el("summary", {}, say.raw), button(words.copy, () => copy(raw.textContent)), raw),
+      part(say.log, this.older, this.log, this.toggle));
+  }
+
+  changed({ rows, now, event }) {
+    const { id, job } = this;
+    if (event?.to === "deleted" && event.row.id === id) this.end(say.removed(event.row.name));
+    else if (rows === null || (now && !(job && isFinal(job))) || this.app.store.rows.get(id)?.version > job?.version) this.load();
+    this.plan();
+  }
+
+  plan() {
+    this.planned ??= requestAnimationFrame(() => {
+      this.planned = null;
+      if (!this.job) return;
+      this.row.update();
+      this.row.state.classList.remove("hush");
+      this.write();
+    });
+  }
+
+  async load() {
+    const { id, job: old } = this;
+    if (this.busy) return;
+    this.busy = true;
+    try {
+      const job = await get(id);
+      const events = async (after, limit) => (await get(`${id}/events?after=${after}&limit=${limit}`)).items;
+      const far = job.version - NEWEST;
+      const pages = job.version > (old?.version ?? 0) ? await Promise.all(far > FIRST ? [events(0, FIRST), events(far, NEWEST)] : [events(0, FIRST + NEWEST)]) : null;
+      if (id === this.id && job.version) this.tell(job, pages?.flat());
+      else if (id === this.id && job.status === 404) this.end(say.unknown(id));
+    } catch {
+      if (!this.job) this.lost.textContent = words.offline; // a later change asks again
+    }
+    this.busy = false;
+    if (this.id && id !== this.id) this.load();
+  }
+
+  tell(job, events) {
+    const isNew = !this.job;
+    this.job = job;
+    if (!(this.app.store.rows.get(job.id)?.version >= job.version)) this.app.store.put(job);
+    if (isNew) this.build();
+    this.lost.textContent = "";
+    const { error, transfer, result, artifacts, started_at: start } = job;
+    const took = start && format.duration(format.between(start, job.ended_at ?? Date.now()));
+    const facts = { ...job, ...transfer, took, error: error?.code, safe: error && say.safe[isTransfer(job)] };
+    morph(this.facts, ...pairs(facts, FACTS.filter((name, i) => i < ALWAYS || name in (transfer ?? {}) || !none(facts[name]))));
+    const data = { ...result?.data };
+    const files = [...[data.files].flat().filter((file) => file?.id), ...artifacts.map((made) => ({ ...made, id: made.file }))];
+    if (files.length) delete data.files;
+    morph(this.data, ...pairs(data));
+    morph(this.files, ...files.map(({ id, name, bytes, digest }) => el("li", {},
+      el("a", { href: `/v1/files/${id}/content`, download: name }, name), ` ${format.bytes(bytes)}`,
+      Object.entries(digest).map(([algorithm, hex]) => el("div", {}, algorithm.toUpperCase(), " ", el("code", {}, hex), " ",
+        button(words.copy, ({ target }) => copy(target.previousElementSibling.textContent), { "aria-label": words.of(words.copy, `${algorithm} ${name}`) }))))));
+    if (events) {
+      const sticks = atEnd(this.list);
+      morph(this.list, ...events.map((event, i) => this.entry(event, events[i - 1])));
+      if (sticks) this.list.scrollTop = this.list.scrollHeight;
+    }
+    this.plan();
+  }
+
+  entry({ version, from, to, cause, at, actor, via }, last) {
+    const what = cause !== "command" || from === to ? cause : /paus/.test(to) ? "pause" : /canc/.test(to) ? "cancel" : "resume";
+    const by = via === "system" ? "" : who({ actor, via }, this.app.me);
+    const states = [...new Set([from, to])].filter(Boolean).map((state) => words.state[state] ?? state);
+    return el("li", {}, last && last.version < version - 1 ? el("p", {}, say.more(version - last.version - 1)) : "",
+      time(at), " ", el("b", {}, states.join(" → ")), " ", say.causes[what] ?? what, " ",
+      [by, by === words.by.you && via === "ws" ? say.here : say.doors[via]].filter(Boolean).join(", "), " ",
+      el("small", {}, last ? `+${format.duration(format.between(last.at, at))}` : ""));
+  }
+
+  follow(on) {
+    this.follows = on;
+    this.plan();
+  }
+
+  write() {
+    const { log, fresh, follows } = this;
+    if (follows && fresh.length) {
+      for (const { n, at, line } of fresh.splice(0)) {
+        if (this.n && n > this.n + 1) log.append(el("p", {}, say.skipped(n - this.n - 1)));
+        log.append(el("div", { "data-at": format.second(at), "data-n": n }, line));
+        this.n = n;
+      }
+      while (log.childElementCount > LINES) log.firstChild.remove();
+      log.scrollTop = log.scrollHeight;
+    }
+    const first = log.querySelector("div")?.dataset.n;
+    setText(this.older, first > 1 ? say.skipped(first - 1) : first ? "" : say.none);
+    log.hidden = this.toggle.hidden = !first;
+    setText(this.toggle, follows ? say.hold : say.follow(fresh.length));
+  }
 }

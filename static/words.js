@@ -218,6 +218,43 @@ export const words = {
     more: (n) => `${n} more.`,
   },
 
+  job: {
+    back: "← Jobs",
+    details: "Facts",
+    params: "Parameters",
+    outcome: "Result",
+    history: "History",
+    raw: "Raw JSON",
+    log: "Log",
+    none: "No lines.",
+    skipped: (n) => `… ${n} lines skipped`,
+    more: (n) => `… ${n} more`,
+    hold: "Stop following",
+    follow: (n) => (n ? `Follow: ${n} new` : "Follow"),
+    unknown: (id) => `There is no job ${id} here. It may have been removed.`,
+    removed: (name) => `${name} was removed from the list. Its files are kept.`,
+    safe: { true: "Nothing of it is kept; other files are as they were.", false: "Stored files are as they were." },
+    here: "in this browser",
+    bool: { true: "yes", false: "no" },
+    doors: { rest: "REST", simple: "simple API", tus: "tus", resumable: "resumable upload" },
+    causes: {
+      pause: "paused", resume: "resumed", cancel: "cancelled", command: "changed", claimed: "got a slot", checkpoint: "at a safe point",
+      done: "finished", error: "went wrong", undone: "all is undone", due: "its time has come", after: "what it waited for has ended",
+      deadline: "took too long", crash: "the server had crashed", shutdown: "the server stopped", expired: "not finished in time",
+      "client-gone": "the sender's connection ended", stalled: "nothing came", "client-back": "the sender is back", "taken-over": "a newer request goes on",
+    },
+  },
+
+  overview: {
+    disk: "Disk", service: "Service", none: "None.", now: "now",
+    ago: (s) => `${s} s ago`,
+    most: (rate) => `at most ${rate}`,
+    slots: (n, of) => `${n} of ${of} slots in use`,
+    free: (free, of) => `${free} free of ${of}`,
+    facts: ({ queued, loop_lag_ms: lag, subscribers }) => [["Waiting for a slot", queued], ["The loop is late by", `${lag} ms`], ["Watching", subscribers]],
+  },
+
+  copy: "Copy",
   copied: "Copied.",
   copyByHand: "Copy this text",
   close: "Close",
@@ -306,6 +343,7 @@ function time(at) {
 
 const exact = (at) => full.format(date(at));
 const second = (at) => seconds.format(date(at));
+const moment = (at) => (sameDay(date(at), new Date()) ? second : exact)(at);
 const between = (from, to) => Math.max(0, (date(to) - date(from)) / 1000);
 
-export const format = { count, percent, bytes, amount, pair, rate, duration, left, time, exact, second, between };
+export const format = { count, percent, bytes, amount, pair, rate, duration, left, time, exact, second, moment, between };
