@@ -33,8 +33,8 @@ const ORDERS = {
 const OPS = ["pause", "resume", "cancel", "retry", "delete"];
 const SAMPLES = 60;
 const BEYOND = 6; // rows that exist above and below those in sight
-const PLACES = 20;
 const SORT_MS = 1000;
+const EDGE = 80; // pixels: scrolled further, the list stands
 const TYPING_MS = 200;
 const EXPECT_MS = 2000;
 
@@ -95,7 +95,7 @@ export class JobsView {
     this.new = button("", () => { scrollTo(0, 0); this.settle(true); }, { class: "fresh", hidden: true });
     this.list = el("ul", { class: "jobs", "aria-label": words.jobsLabel,
       onpointerenter: (event) => { this.over = event.pointerType === "mouse"; },
-      onpointerleave: () => { this.over = false; this.plan(); },
+      onpointerleave: () => { this.over = false; this.unsettled = this.held; this.plan(); },
       onclick: (event) => this.clicked(event) });
     this.end = el("p", { class: "end" });
     this.nothing = el("div", { class: "nothing", hidden: true }, el("p", {}, words.nothing),
@@ -115,7 +115,11 @@ export class JobsView {
     this.picks = el("div", { class: "picks", hidden: true }, el("label", { class: "kind" }, this.all), this.many, el("span", { class: "many-acts" }, this.acts,
       button(words.many.clear, () => this.pickAll(false), { class: "quiet" })), this.new);
     this.node = el("div", {}, el("h1", { class: "hush" }, words.views.jobs), this.tiles.node, this.drop, app.uploads.node, this.bar, this.picks, this.list, this.nothing, this.end, this.empty);
-    addEventListener("scroll", () => { this.moved = true; this.plan(); }, { passive: true });
+    addEventListener("scroll", () => {
+      this.moved = true;
+      this.unsettled ||= this.held && scrollY <= this.top - EDGE;
+      this.plan();
+    }, { passive: true });
     addEventListener("resize", () => this.measure());
     app.store.listen((change) => this.changed(change));
   }
@@ -126,7 +130,6 @@ export class JobsView {
     this.q = params.get("q") ?? "";
     this.order = params.get("sort") in ORDERS ? params.get("sort") : "new";
     if (this.search.value.trim() !== this.q) this.search.value = this.q;
-    this.expect();
     this.filtered();
     this.count();
     this.measure();
@@ -182,7 +185,6 @@ export class JobsView {
       this.tiles.show(store.now, store.counts);
       // Time passes in rows that nothing is said about: away, still, queued.
       for (const [id, row] of this.rows) if (["running", "queued"].includes(row.row?.state)) this.dirty.add(id);
-      this.places();
     }
     if (counts) this.count();
     if (rows === null) this.unsettled = true;
@@ -220,34 +222,24 @@ export class JobsView {
       && (!this.text || row.name.toLowerCase().includes(this.text) || row.id === this.text);
   }
 
-  get held() {
-    return this.over || scrollY > this.top - 80 || this.list.contains(document.querySelector("[aria-expanded=true]"));
-  }
-
   // Settle what is listed; anew: also if that moves rows under the pointer, because it was asked for.
   settle(anew) {
     const { store } = this.app;
-    if (!store.ready) return;
-    const at = performance.now();
-    if (!anew && !this.unsettled && at - (this.sortedAt ?? 0) < SORT_MS) return;
+    if (!store.ready || (!anew && !this.unsettled && performance.now() - this.sortedAt < SORT_MS)) return;
+    this.sortedAt = performance.now();
     const wanted = store.sorted.filter((row) => this.matches(row));
     if (ORDERS[this.order]) wanted.sort(ORDERS[this.order]);
-    this.sortedAt = at;
-    const known = new Set(this.ids);
-    const held = !anew && this.held && this.ids.length > 0;
-    if (held) {
-      this.fresh = wanted.filter((row) => !known.has(row.id) && row.h > this.newest).length;
-      const shown = new Set(wanted.map((row) => row.id));
-      // Older ones that were loaded go below; those that are removed make room.
-      this.ids = [...this.ids.filter((id) => store.rows.has(id) && !gone.has(id)), ...(this.order === "new" ? wanted.filter((row) => !known.has(row.id) && row.h < this.oldest).map((row) => row.id) : [])];
-      this.unsettled = [...known].some((id) => !shown.has(id)) || this.fresh > 0 || this.order !== "new";
-    } else {
+    this.held = !anew && this.ids.length > 0 && (this.over || scrollY > this.top - EDGE || this.list.contains(document.querySelector("[aria-expanded=true]")));
+    if (!this.held) {
       this.ids = wanted.map((row) => row.id);
-      this.unsettled = false;
-      this.fresh = 0;
       this.newest = store.sorted[0]?.h ?? 0;
     }
-    this.oldest = Math.min(...[this.ids.at(-1)].map((id) => store.rows.get(id)?.h ?? Infinity));
+    const known = new Set(this.ids);
+    const others = wanted.filter((row) => !known.has(row.id));
+    // Held: those that are removed make room, older ones that were loaded go below, new ones wait.
+    if (this.held) this.ids = [...this.ids.filter((id) => store.rows.has(id) && !gone.has(id)), ...others.filter((row) => row.h <= this.newest).map((row) => row.id)];
+    this.fresh = others.filter((row) => row.h > this.newest).length;
+    this.unsettled = false;
     for (const { kind } of wanted) this.kinds.add(kind);
     if (this.kinds.size >= this.kind.options.length) this.kindOptions();
     this.index = new Map(this.ids.map((id, i) => [id, i]));
@@ -386,22 +378,4 @@ export class JobsView {
     this.rows.get(this.ids[i])?.node.focus({ preventScroll: true });
   }
 
-  // The places of the first jobs in the queue, which change with every other job and so are asked for.
-  async places() {
-    const { store } = this.app;
-    const queued = [...this.rows.values()].map((row) => row.row).filter((row) => row?.state === "queued").slice(-PLACES);
-    const sign = `${store.now.running} ${store.now.queued} ${queued.map((row) => row.id).join()}`;
-    if (sign === this.asked) return;
-    this.asked = sign;
-    await Promise.all(queued.map(async ({ id }) => {
-      try {
-        const job = await (await fetch(`/v1/jobs/${id}`, { cache: "no-store" })).json();
-        if (job.waiting?.position) this.app.places.set(id, job.waiting.position);
-        this.dirty.add(id);
-      } catch {
-        this.asked = null;
-      }
-    }));
-    this.plan();
-  }
 }

@@ -36,7 +36,7 @@ function clientId() {
   return id;
 }
 
-const app = { me: clientId(), store: new Store(), places: new Map(), choose, chooseFor, go };
+const app = { me: clientId(), store: new Store(), choose, chooseFor, go };
 const banner = new Banner(app);
 app.channel = new Channel({ frame: (frame, first) => app.store.frame(frame, first), status: () => banner.status() });
 app.uploads = new Uploads(app);
@@ -66,6 +66,7 @@ if (remembered("theme")) document.documentElement.style.colorScheme = remembered
 let view = views.jobs;
 
 function go(hash) {
+  views.jobs.expect();
   location.hash = hash;
 }
 
@@ -98,9 +99,8 @@ function chooseFor(row) {
 }
 
 function take(files) {
-  views.jobs.expect();
   app.uploads.add(files);
-  if (files.length && view !== views.jobs) go("jobs");
+  if (files.length) go("jobs");
 }
 
 picker.addEventListener("change", async () => {

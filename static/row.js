@@ -32,7 +32,7 @@ export function who(by, me) {
 function isAway(row, app) {
   const busy = ["waiting", "joining", "checking", "publishing"].includes(row.progress.phase);
   if (row.kind !== "upload" || busy || performance.now() - Math.max(row.movedAt, row.toldAt) < AWAY_MS) return false;
-  if (app.channel.state === "live") app.store.recheck(row);
+  if (app.channel.state === "live") app.store.recheck(row, Math.max(row.movedAt, row.toldAt));
   return row.transfer?.connected === false;
 }
 
@@ -52,7 +52,9 @@ function waits(row, app) {
     case "backoff": return words.waits.backoff(format.time(row.not_before ?? row.created_at), row.attempt);
     default: {
       const reason = words.waits.slot(app.store.now?.running ?? 0, app.store.now?.slots ?? 0);
-      const place = app.places.get(row.id) ?? row.waiting?.position;
+      const place = row.waiting?.position;
+      // The place changes with every other job, and so is asked for.
+      if (app.channel.state === "live" && row.state === "queued") app.store.recheck(row, `${app.store.now?.running} ${app.store.now?.queued}`);
       return place ? `${words.waits.place(place)} · ${reason.charAt(0).toLowerCase()}${reason.slice(1)}` : reason;
     }
   }

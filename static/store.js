@@ -186,17 +186,16 @@ export class Store {
     }
   }
 
-  // Ask once about an upload that has gone quiet: no event tells that a request has ended between two
-  // blocks, nor what the last progress of a short one was.
-  async recheck(row) {
-    const quietSince = Math.max(row.movedAt, row.toldAt);
-    if (row.rechecked === quietSince) return;
-    row.rechecked = quietSince;
+  // Ask, once for each sign, what no event tells: the place in the queue; whether an upload that has gone
+  // quiet is connected, and what the last progress of a short one was.
+  async recheck(row, sign) {
+    if (row.rechecked === sign) return;
+    row.rechecked = sign;
     try {
       const told = await (await fetch(`/v1/jobs/${row.id}`, { cache: "no-store" })).json();
       if (told.version !== row.version) return;
       row.progress.done = Math.max(row.progress.done, told.progress.done);
-      row.transfer = told.transfer;
+      Object.assign(row, { transfer: told.transfer, waiting: told.waiting });
       this.tell({ rows: new Set([row.id]) });
     } catch {
       row.rechecked = null; // asked again at the next beat
