@@ -323,10 +323,14 @@ class Now(msgspec.Struct, tag_field="t", tag="now", kw_only=True):
 
     in_bytes_per_s: int
     out_bytes_per_s: int
-    running: int
+    running: Annotated[int, Meta(description="slots in use")]
     slots: int
+    running_by_kind: Annotated[dict[str, int], Meta(description="jobs, transfers included")]
     queued: int
+    subscribers: Annotated[int, Meta(description="connections to the channel, of all")]
+    children: Annotated[int, Meta(description="child processes")]
     free_bytes: int
+    disk_bytes: int
     loop_lag_ms: float
     files: int
     stored_bytes: int

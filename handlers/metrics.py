@@ -53,7 +53,7 @@ async def _read(services: Services) -> _Read:
     files, stored_bytes = await services.files.stored(None)
     jobs = GaugeMetricFamily("sluice_jobs", "Jobs by kind and state.", labels=["kind", "state"])
     queued = 0
-    for kind, state, n in await manager.tally():
+    for kind, state, n in await manager.tally(None):
         jobs.add_metric([kind, state], n)
         queued += n if state == "queued" else 0
     slow = CounterMetricFamily(

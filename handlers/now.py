@@ -7,6 +7,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from jobs.measures import LAGS_S, Histogram
+from jobs.states import QUEUED, RUNNING
 
 if TYPE_CHECKING:
     from handlers.base import Services
@@ -39,15 +40,19 @@ class Now:
 
     async def row(self, services: Services, owner: str) -> dict[str, Any]:
         """The numbers as ``GET /v1/status`` and the channel's ``now`` show them."""
-        counts = await services.manager.counts(owner)
+        tally = await services.manager.tally(owner)
         files, stored_bytes = await services.files.stored(owner)
         return {
             "in_bytes_per_s": round(self._in_per_s) if self._in_per_s >= 1 else 0,
             "out_bytes_per_s": round(self._out_per_s) if self._out_per_s >= 1 else 0,
             "running": services.manager.running,
             "slots": services.settings.slots,
-            "queued": counts.get("queued", 0),
+            "running_by_kind": {kind: n for kind, state, n in tally if state == RUNNING},
+            "queued": sum(n for _, state, n in tally if state == QUEUED),
+            "subscribers": services.feeds.all,
+            "children": len(services.children),
             "free_bytes": await services.files.free_bytes(),
+            "disk_bytes": await services.files.disk_bytes(),
             "loop_lag_ms": round(self._lag_ms, 1),
             "files": files,
             "stored_bytes": stored_bytes,

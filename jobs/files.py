@@ -255,3 +255,7 @@ class Files:
     async def free_bytes(self) -> int:
         """Room that is left for files."""
         return await self._blobs.free_bytes()
+
+    async def disk_bytes(self) -> int:
+        """The size of the disk that they are on."""
+        return await self._blobs.disk_bytes()

@@ -701,9 +701,9 @@ class Manager:
         """How many jobs are in each state."""
         return await self._state.counts(owner)
 
-    async def tally(self) -> list[tuple[str, str, int]]:
-        """How many jobs of all owners there are of each kind in each state."""
-        return await self._state.tally()
+    async def tally(self, owner: str | None) -> list[tuple[str, str, int]]:
+        """How many jobs there are of each kind in each state."""
+        return await self._state.tally(owner)
 
     def row(self, job: Job) -> dict[str, Any]:
         """A job as clients see it, with its parameters."""

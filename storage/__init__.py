@@ -391,7 +391,7 @@ class Jobs(Protocol):
         """How many jobs there are in each state."""
         ...
 
-    async def tally(self) -> list[tuple[str, str, int]]:
+    async def tally(self, owner: str | None) -> list[tuple[str, str, int]]:
         """How many jobs there are of each kind in each state (kind, state, n), those with any."""
         ...
 
@@ -740,6 +740,10 @@ class Blobs(Protocol):
 
     async def free_bytes(self) -> int:
         """Room that is left."""
+        ...
+
+    async def disk_bytes(self) -> int:
+        """All room that there is, used or not."""
         ...
 
     async def close(self) -> None:

@@ -567,8 +567,15 @@ class LocalBlobs:
 
     async def free_bytes(self) -> int:
         """See the contract."""
+        return self._usage().free
+
+    async def disk_bytes(self) -> int:
+        """See the contract."""
+        return self._usage().total
+
+    def _usage(self) -> shutil._ntuple_diskusage:
         try:
-            return shutil.disk_usage(self._tmp).free
+            return shutil.disk_usage(self._tmp)
         except OSError as error:
             raise refusal(error) from error
 

@@ -731,10 +731,13 @@ class SqliteState:
         )
         return {state: n for state, n in rows if n}
 
-    async def tally(self) -> list[tuple[str, str, int]]:
+    async def tally(self, owner: str | None) -> list[tuple[str, str, int]]:
         """See the contract. Kept by triggers, as ``counts``."""
+        owned, values = _owned(owner)
         return self._con.execute(
-            "SELECT kind, state, sum(n) FROM counts GROUP BY kind, state HAVING sum(n) > 0"
+            f"SELECT kind, state, sum(n) FROM counts WHERE {owned}"
+            " GROUP BY kind, state HAVING sum(n) > 0",
+            values,
         ).fetchall()
 
     async def due(self, now: int) -> tuple[list[Job], int | None]:

@@ -330,8 +330,9 @@ def test_counts_and_numbers_come_once_a_second(site: Server, caller: Caller) -> 
     now = socket.until(lambda m: m["t"] == "now")
     assert set(now) >= {
         *("in_bytes_per_s", "out_bytes_per_s", "running", "slots", "queued", "free_bytes"),
-        "loop_lag_ms",
+        *("loop_lag_ms", "running_by_kind", "subscribers", "disk_bytes"),
     }
+    assert now["subscribers"] >= 1
     job = count(caller, 100_000, 0.01)
     told = socket.until(lambda m: m["t"] == "counts" and m["n"].get("running"))
     assert (told["id"], told["s"] > 0) == (1, True)

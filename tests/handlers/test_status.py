@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import socket
 
 import pytest
 
 from errors import CATALOGUE
 from tests.handlers.clients import UUID7, Caller
-from tests.harness import Server, eventually
+from tests.harness import ROOT, Server, eventually
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/readyz"])
@@ -23,7 +24,8 @@ def test_the_numbers_of_now(caller: Caller, name: str) -> None:
     before = caller.get("/v1/status").json
     assert set(before) == {
         *("in_bytes_per_s", "out_bytes_per_s", "running", "slots", "queued"),
-        *("free_bytes", "loop_lag_ms", "files", "stored_bytes", "slow_steps"),
+        *("running_by_kind", "subscribers", "children", "free_bytes", "disk_bytes"),
+        *("loop_lag_ms", "files", "stored_bytes", "slow_steps"),
     }
     caller.block(name, 0, bytes(3 << 20), "&is_complete=1")
     job = caller.get(f"/{name}/process/").json
@@ -36,7 +38,8 @@ def test_the_numbers_of_now(caller: Caller, name: str) -> None:
         before["stored_bytes"] + (3 << 20),
     )
     assert (now["running"], now["slots"]) == (1, 8)
-    assert now["free_bytes"] > 0 and now["loop_lag_ms"] >= 0
+    assert now["running_by_kind"][job["kind"]] == 1
+    assert now["disk_bytes"] > now["free_bytes"] > 0 and now["loop_lag_ms"] >= 0
     eventually(lambda: caller.get("/v1/status").json["in_bytes_per_s"] > 0, "bytes are counted")
     caller.post(f"/{name}/process/cancel/")
 
@@ -121,6 +124,31 @@ def test_the_page_runs_nothing_foreign(site: Server, path: str) -> None:
     assert "unsafe" not in policy
     assert answer.headers["Cache-Control"] == "no-cache"
     assert site.get(path, If_None_Match=answer.headers["Etag"]).status == 304
+
+
+STATIC = ROOT / "static"
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in STATIC.iterdir()))
+@pytest.mark.parametrize("takes", ["gzip, deflate, br", "identity", "gzip;q=0, *", "*;q=0.5"])
+def test_files_of_the_page_are_compressed(site: Server, name: str, takes: str) -> None:
+    """Each file comes as gzip to who takes it, and as it is to others; each has its own tag."""
+    answer = site.get(f"/static/{name}", Accept_Encoding=takes)
+    packed = answer.headers.get("Content-Encoding") == "gzip"
+    assert packed == (takes in ("gzip, deflate, br", "*;q=0.5"))
+    whole = (STATIC / name).read_bytes()
+    assert (gzip.decompress(answer.body) if packed else answer.body) == whole
+    assert answer.headers["Vary"] == "Accept-Encoding"
+    assert int(answer.headers["Content-Length"]) == len(answer.body)
+    types = {"html": "text/html", "js": "text/javascript", "css": "text/css", "svg": "image/svg"}
+    assert answer.headers["Content-Type"].startswith(types[name.rpartition(".")[2]])
+    tag = answer.headers["Etag"]
+    head = site.request("HEAD", f"/static/{name}", headers={"Accept-Encoding": takes})
+    assert (head.status, head.headers["Etag"], head.body) == (200, tag, b"")
+    again = site.get(f"/static/{name}", Accept_Encoding=takes, If_None_Match=tag)
+    assert (again.status, again.body) == (304, b"")
+    other = site.get(f"/static/{name}", Accept_Encoding="" if packed else "gzip")
+    assert other.headers["Etag"] != tag
 
 
 @pytest.mark.parametrize(

@@ -1058,21 +1058,22 @@ class Finding:
         assert await state.counts("eve") == {}
 
     async def test_tally(self, state: State) -> None:
-        """The jobs of all owners are counted by kind and state, and only where there are any."""
-        assert await state.tally() == []
+        """Jobs, of all owners or of one, are counted by kind and state, where there are any."""
+        assert await state.tally(None) == []
         jobs = await start_all(state, [a_job(f"{i}") for i in range(3)])
         await start(state, a_job("b", owner="bob"))
         await start(state, a_job("c", owner="bob", kind="upload", state="running"))
         kind = jobs[0].kind
-        assert sorted(await state.tally()) == [(kind, "queued", 4), ("upload", "running", 1)]
+        assert sorted(await state.tally(None)) == [(kind, "queued", 4), ("upload", "running", 1)]
+        assert sorted(await state.tally("bob")) == [(kind, "queued", 1), ("upload", "running", 1)]
         done = await move(state, jobs[1], "succeeded")
-        assert sorted(await state.tally()) == [
+        assert sorted(await state.tally(None)) == [
             (kind, "queued", 3),
             (kind, "succeeded", 1),
             ("upload", "running", 1),
         ]
         await forget(state, done)
-        assert sorted(await state.tally()) == [(kind, "queued", 3), ("upload", "running", 1)]
+        assert sorted(await state.tally(None)) == [(kind, "queued", 3), ("upload", "running", 1)]
 
     async def test_a_refused_write_is_not_counted(self, state: State) -> None:
         """What was rolled back has never been in a count."""

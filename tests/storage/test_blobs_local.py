@@ -450,6 +450,7 @@ class TestFailing:
             lambda blobs: blobs.concat("all", [("b1", None)]),
             lambda blobs: blobs.sweep([]),
             lambda blobs: blobs.free_bytes(),
+            lambda blobs: blobs.disk_bytes(),
         ],
         ids=lambda call: call.__code__.co_names[0],
     )
