@@ -14,6 +14,7 @@ const say = words.job;
 const FIRST = 50;
 const NEWEST = 200;
 const LINES = 1000;
+const BATCH = 100; // lines in a frame
 const FACTS = ("kind created_at started_at ended_at took attempt priority owner client not_before after retry_of expires_at deadline_at error safe"
   + " protocol connected received_bytes stored_bytes durable_bytes limit_bytes_per_s").split(" ");
 const ALWAYS = 8; // of them have their place before they are known, so that nothing moves
@@ -172,13 +173,14 @@ export class JobView {
   write() {
     const { log, fresh, follows } = this;
     if (follows && fresh.length) {
-      for (const { n, at, line } of fresh.splice(0)) {
+      for (const { n, at, line } of fresh.splice(0, BATCH)) {
         if (this.n && n > this.n + 1) log.append(el("p", {}, say.skipped(n - this.n - 1)));
         log.append(el("div", { "data-at": format.second(at), "data-n": n }, line));
         this.n = n;
       }
       while (log.childElementCount > LINES) log.firstChild.remove();
       log.scrollTop = log.scrollHeight;
+      if (fresh.length) this.plan();
     }
     const first = log.querySelector("div")?.dataset.n;
     setText(this.older, first > 1 ? say.skipped(first - 1) : first ? "" : say.none);

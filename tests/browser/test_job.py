@@ -14,7 +14,7 @@ import pytest
 
 from tests.browser.pages import DOWN, count_slowly, digest
 from tests.conftest import Serve, need
-from tests.harness import Server, eventually
+from tests.harness import FULL, Server, eventually
 
 if TYPE_CHECKING:
     from playwright.sync_api import BrowserContext, Locator, Page
@@ -35,10 +35,10 @@ KIND, TITLE, PAUSE = "talk", "Talk", "at once"
 
 class Params(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     first: int
-    more: int = 0
+    more: int
     folder: str = ""
     text: str = "line"
-    per_s: int = 0
+    per_s: int = 800
 
 async def run(ctx, params):
     n = 0
@@ -49,7 +49,7 @@ async def run(ctx, params):
             n += 1
             ctx.log(f"{params.text} {n}")
             if n % 50 == 0:
-                await ctx.sleep(50 / params.per_s if params.per_s else 0)
+                await ctx.sleep(50 / params.per_s)
 """
 
 
@@ -215,3 +215,68 @@ def test_ways_in_and_back(server: Server, page: Page) -> None:
     page.reload()
     expect(shown.get_by_role("heading", level=1)).to_have_text("old 2")
     expect(shown).to_contain_text("Done")
+
+
+def test_log_is_followed(talker: Server, page: Page, tmp_path: Path) -> None:
+    """The newest 1,000 lines, then live; who scrolls up sees them stand until they follow again."""
+    more = 5000 if FULL else 1100
+    job = start(talker, "talk", "talking", first=1000, more=more, folder=str(tmp_path))
+    shown = look_at(page, talker, job)
+    log = shown.get_by_role("log")
+    lines = log.locator("div")
+    expect(lines.last).to_have_text("line 1000")
+    (tmp_path / "1").touch()
+    newest = 1000 + more
+    expect(lines.last).to_have_text(f"line {newest}", timeout=60_000)
+    expect(lines).to_have_count(1000)
+    expect(shown.get_by_text(f"… {more} lines skipped")).to_be_visible()
+    assert is_at_end(log)
+    log.hover()
+    page.mouse.wheel(0, -400)
+    follow = shown.get_by_role("button", name="Follow", exact=True)
+    expect(follow).to_be_visible()
+    (tmp_path / "2").touch()
+    follow = shown.get_by_role("button", name="Follow: 1000 new")
+    expect(follow).to_be_visible()
+    assert lines.last.inner_text() == f"line {newest}"
+    newest += more
+    path = f"/v1/jobs/{job}/log?after={newest - 1}"
+    eventually(lambda: talker.get(path).json["items"], "all is said", 60)
+    follow.click()
+    expect(lines.last).to_have_text(f"line {newest}")
+    assert is_at_end(log)
+    numbers = log.evaluate("(log) => [...log.children].map((line) => Number(line.dataset.n))")
+    assert numbers == list(range(newest - 999, newest + 1))
+    expect(shown.get_by_text(f"… {newest - 1000} lines skipped")).to_be_visible()
+    (tmp_path / "3").touch()
+    expect(lines.last).to_have_text(f"line {newest + more}", timeout=60_000)
+    expect(fact(shown, "ended")).not_to_have_text("–")
+
+
+def is_at_end(box: Locator) -> bool:
+    """Whether the newest line is in sight."""
+    return bool(box.evaluate("(at) => at.scrollTop + at.clientHeight > at.scrollHeight - 8"))
+
+
+def test_job_without_lines(server: Server, page: Page) -> None:
+    """A job that has said nothing says that."""
+    job = start(server, "count", "silent", steps=0)
+    expect(look_at(page, server, job).get_by_text("No lines.")).to_be_visible()
+
+
+@pytest.mark.skipif(not FULL, reason="a matter of time")
+def test_fast_log_blocks_nothing(talker: Server, page: Page, tmp_path: Path) -> None:
+    """A thousand lines a second are written without a long task."""
+    job = start(talker, "talk", "talking", first=1000, more=5000, per_s=1000, folder=str(tmp_path))
+    page.add_init_script(
+        "window.long = []; new PerformanceObserver((list) => long.push("
+        "...list.getEntries().map((entry) => entry.duration))).observe({ type: 'longtask' })"
+    )
+    shown = look_at(page, talker, job)
+    lines = shown.get_by_role("log").locator("div")
+    expect(lines.last).to_have_text("line 1000")
+    page.evaluate("window.long = []")
+    (tmp_path / "1").touch()
+    expect(lines.last).to_have_text("line 6000", timeout=60_000)
+    # 50 ms would be long on a machine that does nothing else.
+    assert [ms for ms in page.evaluate("window.long") if ms > 200] == []
