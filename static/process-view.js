@@ -1,181 +1,329 @@
-// The view that starts a process: a form made from the kind's own JSON Schema.
+// The view that starts processes, and the form that a kind's JSON Schema becomes, here and in dialogs.
 //
-// Strategy: each property becomes the plainest control that its schema allows; a schema this page does
-// not understand becomes a field for JSON. The browser checks what the schema says, the server decides,
-// and its refusal lands at the field that it names.
+// Strategy: each property becomes the plainest control that its schema allows. What is left empty is not sent, so
+// the server's default holds. The server decides, and its refusal lands at the field that it names. Several files
+// for a kind that takes one make a job each; a step of a chain waits for each job of the step before. A start has a
+// key, so that pressing again after a lost answer or a refused later step starts nothing twice.
 
-import { el, notice, setText } from "./dom.js";
-import { words } from "./words.js";
+import { announce, button, el, icon, notice, setText } from "./dom.js";
+import { format, words } from "./words.js";
 
-const resolve = (schema, root) => {
-  let found = schema;
-  while (found.$ref) found = { ...root.$defs[found.$ref.split("/").pop()], ...found, $ref: undefined };
-  const choices = found.anyOf ?? found.oneOf;
-  if (choices) {
-    const real = choices.map((one) => resolve(one, root)).filter((one) => one.type !== "null");
-    // Of several that are possible, a text: "one, or a list of them" is one here.
-    const plain = real.length === 1 ? real[0] : real.find((one) => one.type === "string");
-    if (plain) found = { ...plain, ...found, anyOf: undefined, oneOf: undefined, optional: true };
-  }
-  return found;
+const RESULT = "job:"; // and an id: what that job makes
+
+export async function json(url, options) {
+  const answer = await fetch(url, { cache: "no-store", ...options });
+  const said = answer.status === 204 ? null : await answer.json();
+  if (!answer.ok) throw Object.assign(new Error(said.detail), said);
+  return said;
+}
+
+export const say = (error) => (error instanceof TypeError ? words.offline : error.message);
+
+export const soon = (run, timer) => () => {
+  clearTimeout(timer);
+  timer = setTimeout(run, 250);
 };
 
-const title = (name) => {
-  const text = name.replace(/_s$/, " (s)").replaceAll("_", " ");
-  return text.charAt(0).toUpperCase() + text.slice(1);
+let known;
+export const kinds = async () => (known ??= await json("/v1/kinds"));
+
+// Of several that are possible: fields, else a text.
+export const resolve = (schema, root) => {
+  if (schema.$ref) return resolve({ ...root.$defs[schema.$ref.split("/").pop()], ...schema, $ref: null }, root);
+  const all = schema.anyOf?.map((one) => resolve(one, root)).filter((one) => one.type !== "null");
+  return all ? { ...(all.find((one) => one.properties) ?? all.find((one) => one.type === "string") ?? all[0]),
+    ...schema, anyOf: null, many: all.some((one) => one.items) } : schema;
 };
 
-const lines = (text) => text.split("\n").map((line) => line.trim()).filter(Boolean);
-const typed = (text, type) => (type === "integer" || type === "number" ? Number(text) : text);
+const isFile = (name, { format: meant }) => meant === "file" || /^(file|source)s?$/.test(name);
+const title = (name) => name[0].toUpperCase() + name.slice(1).replace(/_(s|bytes)$/, " ($1)").replaceAll("_", " ");
+const typed = (text, { type }) => (/integer|number/.test(type) ? Number(text) : text);
+const some = (list) => (list.length ? list : undefined);
+const stored = el("datalist", { id: "stored" });
 
-// A control and how to read it: {node, read() → value or undefined}.
-function control(id, name, schema, required, root) {
-  const common = { id, name, required, "aria-describedby": `${id}-hint ${id}-error` };
-  const initial = schema.default;
+// Chosen files (a map of ids or names to names), and a field that searches what is stored.
+function files(props, many, chosen) {
+  const search = soon(async () => {
+    const { items } = await json(`/v1/files?newest=1&q=${encodeURIComponent(input.value)}`).catch(() => stored);
+    if (items) stored.replaceChildren(...items.map(({ name }) => el("option", { value: name })));
+  });
+  const add = () => {
+    const name = input.value.trim();
+    if (name) chosen.set(name, name);
+    input.value = "";
+    draw();
+  };
+  const input = el("input", { ...props, list: "stored", autocomplete: "off", onfocus: search, oninput: search,
+    onkeydown: (event) => {
+      if (event.key !== "Enter" || !input.value) return;
+      event.preventDefault();
+      add();
+    } });
+  const chips = el("div", { class: "choices" });
+  const draw = () => {
+    chips.replaceChildren(...[...chosen].map(([value, name]) => button([name, icon("cross")], () => {
+      chosen.delete(value);
+      draw();
+    }, { class: "choice", "aria-label": words.of(words.process.drop, name) })));
+    input.required = props.required && !chosen.size;
+    input.focus();
+    input.dispatchEvent(new Event("input", { bubbles: true }));
+  };
+  draw();
+  return { node: el("div", {}, chips, el("div", { class: "with" }, input, button(words.process.add, add))), each: !many,
+    hint: many ? words.process.several : words.process.each, read() {
+      const all = [...chosen.keys(), input.value.trim()].filter(Boolean);
+      return many || all[1] ? some(all) : all[0];
+    } };
+}
+
+// A control, what helps to fill it in, and how to read it: undefined if nothing is given.
+function control(props, schema, root, chosen) {
+  const { id, name, required } = props;
+  const { default: initial, type } = schema;
+  const shown = typeof initial === "object" ? null : initial;
+  const group = { id, role: "group", "aria-labelledby": `${id}-label`, "aria-describedby": props["aria-describedby"] };
+  const area = (hint, parse) => {
+    const node = el("textarea", { ...props, rows: 2, spellcheck: "false" });
+    return { node, hint, read: () => (node.value.trim() ? parse(node.value.split("\n").map((line) => line.trim()).filter(Boolean)) : undefined) };
+  };
+  if (isFile(name, schema)) return files(props, schema.many || type === "array", chosen);
   if (schema.enum) {
-    const node = el("select", common, required ? null : el("option", { value: "" }),
-      schema.enum.map((value) => el("option", { value, selected: value === initial }, String(value))));
+    const node = el("select", props, required || shown !== null ? null : el("option", { value: "" }, words.process.none),
+      schema.enum.map((value) => el("option", { value, selected: value === initial }, words.process.values[value] ?? value)));
     return { node, read: () => schema.enum.find((value) => String(value) === node.value) };
   }
-  if (schema.type === "boolean") {
-    const node = el("input", { ...common, required: false, type: "checkbox", checked: initial === true });
+  if (type === "boolean") {
+    const node = el("input", { ...props, required: false, type: "checkbox", checked: initial });
     return { node, read: () => node.checked };
   }
-  if (schema.type === "integer" || schema.type === "number") {
-    const node = el("input", { ...common, type: "number", inputmode: schema.type === "integer" ? "numeric" : "decimal",
-      min: schema.minimum, max: schema.maximum, step: schema.type === "integer" ? 1 : "any", value: initial });
-    return { node, read: () => (node.value === "" ? undefined : node.valueAsNumber) };
+  if (schema.properties) {
+    const inner = form(root, id, { schema, needed: required });
+    return { node: el("div", { ...group, class: "inner" }, inner.fields), read() {
+      const value = inner.read();
+      return required || Object.keys(value).length ? value : undefined;
+    } };
   }
-  if (schema.type === "string") {
-    const node = el("input", { ...common, type: "text", minlength: schema.minLength, maxlength: schema.maxLength,
-      pattern: schema.pattern, value: initial, list: ["file", "source"].includes(name) ? "stored-files" : null, autocomplete: "off" });
-    return { node, read: () => (node.value === "" && !required ? undefined : node.value) };
+  if (type === "object" && schema.additionalProperties) {
+    const values = resolve(schema.additionalProperties, root);
+    return area(words.process.map(values.enum?.join(", ")), (lines) => Object.fromEntries(lines.map((line) => {
+      const [, key, value] = line.match(/(.*?)\s*=\s*(.*)/);
+      return [key, typed(value, values)];
+    })));
   }
-  const items = schema.type === "array" ? resolve(schema.items ?? {}, root) : null;
-  if (items?.enum) {
-    const boxes = items.enum.map((value) => el("input", { type: "checkbox", value, checked: (initial ?? []).includes(value) }));
-    const node = el("div", { id, class: "choices", role: "group", "aria-labelledby": `${id}-label`, "aria-describedby": `${id}-hint ${id}-error` },
-      boxes.map((box) => el("label", { class: "choice" }, box, el("span", {}, box.value))));
-    return { node, read: () => { const on = boxes.filter((box) => box.checked).map((box) => box.value); return on.length ? on : undefined; } };
+  const items = type === "array" && resolve(schema.items, root);
+  if (items?.enum) { // in the order in which they are chosen
+    let on = initial ?? [];
+    const node = el("div", { ...group, class: "choices" }, items.enum.map((value) => el("label", { class: "choice" },
+      el("input", { type: "checkbox", checked: on.includes(value), onchange: ({ target }) => {
+        on = on.filter((one) => one !== value).concat(target.checked ? value : []);
+      } }), el("span", {}, value))));
+    return { node, read: () => (String(on) === String(initial ?? []) ? undefined : on) };
   }
-  if (items && ["string", "integer", "number"].includes(items.type)) {
-    const node = el("input", { ...common, type: "text", value: (initial ?? []).join(", "), autocomplete: "off" });
-    const read = () => node.value.split(",").map((part) => part.trim()).filter(Boolean).map((part) => typed(part, items.type));
-    return { node, hint: words.process.many, read: () => (read().length ? read() : undefined) };
-  }
-  if (schema.type === "object" && schema.additionalProperties && !schema.properties) {
-    const values = resolve(schema.additionalProperties === true ? {} : schema.additionalProperties, root);
-    const node = el("textarea", { ...common, rows: 2, spellcheck: "false" });
-    const read = () => Object.fromEntries(lines(node.value).map((line) => {
-      const [key, ...rest] = line.split("=");
-      return [key.trim(), typed(rest.join("=").trim(), values.type)];
-    }));
-    return { node, hint: words.process.json, read: () => (node.value.trim() ? read() : undefined) };
-  }
-  const node = el("textarea", { ...common, rows: 3, spellcheck: "false" }, initial === undefined ? "" : JSON.stringify(initial));
-  return { node, hint: "JSON", read: () => (node.value.trim() ? JSON.parse(node.value) : undefined) };
+  if (items?.type && !items.properties) return area(words.process.many, (lines) => lines.map((line) => typed(line, items)));
+  if (!/integer|number|string/.test(type)) return area("JSON", (lines) => JSON.parse(lines.join(" ")));
+  const time = schema.format === "date-time";
+  const node = el("input", { ...props, type: type !== "string" ? "number" : time ? "datetime-local" : "text", min: schema.minimum, max: schema.maximum,
+    step: type === "number" ? "any" : null, minlength: schema.minLength, maxlength: schema.maxLength, placeholder: shown, autocomplete: "off",
+    pattern: schema.pattern && `.*(?:${schema.pattern}).*` }); // of JSON Schema it may match a part
+  return { node, hint: shown > 999 && words.process.preset(/_s$/.test(name) ? format.duration(shown) : format.bytes(shown)),
+    read: () => (!node.value && !required ? undefined : time ? new Date(node.value).toISOString() : typed(node.value, schema)) };
 }
+
+// The fields of a schema, whose ids are made of this one and their path; each: the field whose files make a job each.
+export function form(root, id, { schema = resolve(root, root), needed = true, chosen = new Map() } = {}) {
+  const made = Object.entries(schema.properties ?? {}).map(([name, given]) => {
+    const property = resolve(given, root);
+    const required = needed && (schema.required ?? []).includes(name);
+    const key = `${id}-${name}`;
+    const one = control({ id: key, name, required, "aria-describedby": `${key}-hint ${key}-error` }, property, root, chosen);
+    const hints = [property.description, one.hint, required || "default" in property ? null : words.process.optional];
+    return { ...one, name, field: el("div", { class: property.type === "boolean" ? "field check" : "field" },
+      el("label", { for: key, id: `${key}-label` }, property.title ?? title(name)), one.node,
+      el("p", { class: "hint", id: `${key}-hint` }, hints.filter(Boolean).join(" · ")), el("p", { class: "error", id: `${key}-error` })) };
+  });
+  return { fields: made.map(({ field }) => field), each: made.find((one) => one.each)?.name, read: () => Object.fromEntries(made.map(({ name, read }) => {
+    try {
+      return [name, read()];
+    } catch (error) {
+      throw error.at ? error : Object.assign(new Error(words.process.bad), { at: id, field: `params.${name}` });
+    }
+  }).filter(([, value]) => value !== undefined)) };
+}
+
+// Say a refusal at the field that it names, or at the one around it; false if there is none.
+export function refuse(message, id, field, focus = true) {
+  for (const path = field?.match(/[a-z]\w*/gi)?.filter((part) => part !== "params") ?? []; path.length; path.pop()) {
+    const key = [id, ...path].join("-");
+    const node = document.getElementById(key);
+    if (!node) continue;
+    document.getElementById(`${key}-error`).textContent = message;
+    node.ariaInvalid = "true";
+    if (focus) (node.matches("[role=group]") ? node.querySelector("input") : node).focus();
+    return true;
+  }
+  return false;
+}
+
+export function clear(node) {
+  for (const error of node.querySelectorAll(".error")) error.textContent = "";
+  for (const field of node.querySelectorAll("[aria-invalid]")) field.ariaInvalid = null;
+}
+
+// A form that runs once at a time, and says why it could not: at a field, else at its end.
+export function sender(run, parts, beside) {
+  const error = el("p", { class: "error", id: "unsent" });
+  const send = el("button", { class: "primary" }, words.process.start);
+  const node = el("form", { class: "form", onsubmit: async (event) => {
+    event.preventDefault();
+    if (send.ariaDisabled) return;
+    send.ariaDisabled = "true";
+    clear(node);
+    try {
+      await run();
+    } catch (why) {
+      const message = why instanceof TypeError ? words.process.again : why.message;
+      if (!refuse(message, why.field?.startsWith("params") ? why.at : "o", why.field)) {
+        error.textContent = message;
+        announce(message);
+      }
+    }
+    send.ariaDisabled = null;
+  } }, ...parts, error, el("div", { class: "form-end" }, beside, send));
+  return node;
+}
+
+// Start some; their ids. Some may be refused where others are not. step: {id of its fields, key of the start}
+export async function begin(starts, step) {
+  step.key ??= Math.random();
+  try {
+    const { items, n, failures } = await json("/v1/jobs", { method: "POST", headers: { "Idempotency-Key": `"${step.key}"` }, body: JSON.stringify(starts) });
+    const { error } = items.find((item) => item.error) ?? {};
+    if (!n) throw Object.assign(new Error(error.detail), error);
+    if (error) notice(words.process.some(n, failures, error.detail), true);
+    return items.flatMap(({ job }) => job?.id ?? []);
+  } catch (error) {
+    throw Object.assign(error, { at: step.id });
+  }
+}
+
+// One process of a chain: its kind and its fields. chosen: the files that it begins with.
+class Step {
+  constructor(view, n, kind, chosen) {
+    Object.assign(this, { view, chosen, id: `p${n}` });
+    const fit = ({ params }) => n || !chosen.size || Object.entries(resolve(params, params).properties).some(([name, one]) => isFile(name, one));
+    const groups = Object.groupBy(view.kinds.filter(fit), (one) => words.process.groups[one.kind.split(".")[0]] ?? words.process.others);
+    this.kind = el("select", { id: `kind${n}`, onchange: () => this.build() }, Object.entries(groups).map(([label, all]) =>
+      el("optgroup", { label }, all.map((one) => el("option", { value: one.kind, selected: one.kind === kind }, one.title)))));
+    this.about = el("p", { class: "hint" });
+    this.body = el("div", { class: "fields" });
+    this.node = el("div", { class: "fields", oninput: () => { this.key = null; } },
+      el("div", { class: "field" }, el("label", { for: `kind${n}` }, n ? words.process.then : words.process.kind), this.kind, this.about),
+      this.body, n ? button(words.process.without, () => view.cut(this), { class: "quiet" }) : null);
+    this.build();
+  }
+
+  build() {
+    const { kind, params, pause } = this.view.kinds.find((one) => one.kind === this.kind.value);
+    this.form = form(params, this.id, { chosen: this.chosen });
+    this.body.replaceChildren(...this.form.fields);
+    setText(this.about, [kind, resolve(params, params).description?.split("\n")[0], pause && words.process.pause(pause)].filter(Boolean).join(" · "));
+    this.view.changed();
+  }
+
+  starts() {
+    const params = this.form.read();
+    const { each } = this.form;
+    return [params[each]].flat().map((one) => ({ kind: this.kind.value, params: each ? { ...params, [each]: one } : params }));
+  }
+}
+
+const OPTIONS = { properties: {
+  name: { type: "string", maxLength: 200, title: words.process.name, description: words.process.nameHint },
+  priority: { type: "integer", minimum: 0, maximum: 9, default: 5, description: words.process.priority },
+  not_before: { type: "string", format: "date-time" },
+} };
 
 export class ProcessView {
   constructor(app) {
     this.app = app;
-    this.kinds = [];
-    this.kind = el("select", { id: "kind", name: "kind", onchange: () => this.build() });
-    this.name = el("input", { id: "job-name", type: "text", maxlength: 200, autocomplete: "off", placeholder: words.process.nameHint });
-    this.fields = el("div", { class: "fields" });
-    this.pause = el("p", { class: "hint" });
-    this.error = el("p", { class: "error", id: "form-error", hidden: true });
-    this.button = el("button", { class: "primary" }, words.process.start);
-    this.stored = el("datalist", { id: "stored-files" });
-    this.form = el("form", { class: "card form", onsubmit: (event) => { event.preventDefault(); this.start(); } },
-      el("div", { class: "field" }, el("label", { for: "kind" }, words.process.kind), this.kind),
-      this.fields,
-      el("div", { class: "field" }, el("label", { for: "job-name" }, words.process.name), this.name),
-      this.error, el("div", { class: "form-end" }, this.pause, this.button), this.stored);
-    this.node = el("div", { class: "narrow" }, el("h1", {}, words.process.title), this.form);
+    this.steps = [];
+    this.chain = el("div", { class: "fields" });
+    this.count = el("p", { class: "hint" });
+    this.options = form(OPTIONS, "o");
+    const [name, ...more] = this.options.fields;
+    this.form = sender(() => this.start(), [this.chain, button(words.process.chain, () => this.add(), { class: "quiet" }),
+      name, el("details", {}, el("summary", {}, words.act.more), el("div", { class: "fields" }, more))], this.count);
+    this.form.addEventListener("input", () => this.changed());
+    this.card = el("div", { class: "card", hidden: true }, this.form);
+    this.problems = el("details", { class: "hint", hidden: true });
+    this.node = el("div", { class: "narrow" }, el("h1", {}, words.process.title), this.card, this.problems, stored);
   }
 
-  async show() {
+  async show(params) {
+    const ids = params.getAll("files");
     try {
-      const [kinds, files] = await Promise.all(["/v1/kinds", "/v1/files?limit=100"].map(async (url) => (await fetch(url, { cache: "no-store" })).json()));
-      const names = [...new Set(files.items.map((file) => file.name))];
-      this.stored.replaceChildren(...names.map((name) => el("option", { value: name })));
-      if (this.kinds.length) return;
-      this.kinds = kinds.items.filter((kind) => kind.startable);
-      this.kind.replaceChildren(...this.kinds.map((kind) => el("option", { value: kind.kind }, kind.title)));
-      if (this.kinds.some((kind) => kind.kind === "count")) this.kind.value = "count";
-      this.build();
-    } catch {
-      notice(words.offline, true);
+      const { items, problems } = await kinds();
+      const named = async (id) => [id, (await json(`/v1/files/${id}`).catch(() => null))?.name ?? id];
+      const chosen = new Map(await Promise.all(ids.map(named)));
+      this.kinds = items.filter((kind) => kind.startable);
+      if (!this.steps.length || params.size) this.reset(params.get("kind") ?? (ids.length ? "" : "count"), chosen);
+      this.problems.replaceChildren(el("summary", {}, words.process.problems(problems.length)),
+        el("ul", {}, problems.map(({ file, detail }) => el("li", {}, `${file}: ${detail}`))));
+      this.problems.hidden = !problems.length;
+    } catch (error) {
+      notice(say(error), true);
     }
   }
 
-  build() {
-    const kind = this.kinds.find((one) => one.kind === this.kind.value);
-    if (!kind) return;
-    const root = kind.params;
-    const schema = resolve(root, root);
-    this.controls = new Map();
-    this.fields.replaceChildren(...Object.entries(schema.properties ?? {}).map(([name, given]) => {
-      const property = resolve(given, root);
-      const id = `p-${name}`;
-      const required = (schema.required ?? []).includes(name);
-      const made = control(id, name, property, required, root);
-      const error = el("p", { class: "error", id: `${id}-error`, hidden: true });
-      this.controls.set(name, { ...made, error });
-      const hints = [property.description, made.hint, !required && property.default === undefined ? words.process.optional : null];
-      const hint = el("p", { class: "hint", id: `${id}-hint` }, hints.filter(Boolean).join(" · "));
-      const label = el("label", { for: id, id: `${id}-label` }, title(name));
-      return el("div", { class: property.type === "boolean" ? "field check" : "field" }, label, made.node, hint, error);
-    }));
-    setText(this.pause, kind.pause ? words.process.pause(kind.pause) : "");
-    this.clear();
+  reset(kind, chosen) {
+    this.steps = [];
+    this.chain.replaceChildren();
+    this.card.hidden = false;
+    this.add(kind, chosen);
   }
 
-  clear() {
-    this.error.hidden = true;
-    for (const { node, error } of this.controls.values()) {
-      error.hidden = true;
-      node.removeAttribute("aria-invalid");
-    }
+  add(kind, chosen = new Map([[RESULT, words.process.result]])) {
+    const step = new Step(this, this.steps.length, kind, chosen);
+    this.chain.append(step.node);
+    if (this.steps.push(step) > 1) step.kind.focus();
+    this.changed();
   }
 
-  // Show a refusal at the field it names, else below all.
-  refuse(message, field) {
-    const name = (field ?? "").split(".")[1] ?? field;
-    const at = this.controls.get((name ?? "").replace(/\[.*/, ""));
-    const error = at?.error ?? this.error;
-    error.textContent = message;
-    error.hidden = false;
-    at?.node.setAttribute("aria-invalid", "true");
-    (at?.node ?? this.button).focus();
+  cut(step) {
+    for (const one of this.steps.splice(this.steps.indexOf(step))) one.node.remove();
+    this.steps.at(-1).kind.focus();
+    this.changed();
+  }
+
+  // How many jobs it would start, and the address.
+  changed() {
+    const [first] = this.steps;
+    if (!first) return;
+    let [n, each] = [0, 1];
+    for (const step of this.steps) n += each *= (step.form.each && step.chosen.size) || 1;
+    setText(this.count, n > 1 ? words.process.jobs(n) : "");
+    const files = [...first.chosen.keys()].map((id) => ["files", id]);
+    history.replaceState(null, "", `#processes?${new URLSearchParams([["kind", first.kind.value], ...files])}`);
   }
 
   async start() {
-    if (this.button.getAttribute("aria-disabled")) return;
-    this.clear();
-    const params = {};
-    for (const [name, { read }] of this.controls) {
+    const plans = this.steps.map((step) => step.starts());
+    const { priority, ...first } = this.options.read();
+    let before = [""];
+    for (const [i, step] of this.steps.entries()) {
+      const starts = before.flatMap((id) => plans[i].map(({ kind, params }) => ({ kind, priority, ...(id ? { after: [id] } : first),
+        params: JSON.parse(JSON.stringify(params).replaceAll(`"${RESULT}"`, `"${RESULT}${id}"`)) })));
       try {
-        const value = read();
-        if (value !== undefined) params[name] = value;
-      } catch {
-        this.refuse(words.process.bad, `params.${name}`);
-        return;
+        before = await begin(starts, step);
+      } catch (error) {
+        if (i) error.message = words.process.partly(error.message);
+        throw error;
       }
     }
-    const name = this.name.value.trim();
-    this.button.setAttribute("aria-disabled", "true");
-    setText(this.button, words.process.starting);
-    try {
-      await this.app.channel.command("start", null, { kind: this.kind.value, params, ...(name ? { name } : {}) });
-      this.name.value = "";
-      this.app.go("jobs");
-    } catch (error) {
-      this.refuse(error.code === "offline" ? words.offline : error.message, error.field);
-    } finally {
-      this.button.removeAttribute("aria-disabled");
-      setText(this.button, words.process.start);
-    }
+    notice(words.process.begun(before.length));
+    this.form.reset();
+    this.reset(this.steps[0].kind.value, new Map());
+    this.app.go("jobs");
   }
 }

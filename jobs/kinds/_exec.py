@@ -206,7 +206,7 @@ def _field(name: str, given: _Given) -> Any:
         "number": Annotated[float, Meta(ge=low, le=high), about],
         "boolean": Annotated[bool, about],
         "choice": Annotated[Literal[tuple(given.choices) or ("",)], about],
-        "file": Annotated[str, Meta(min_length=1), about],
+        "file": Annotated[str, Meta(min_length=1, extra_json_schema={"format": "file"}), about],
     }
     kind = kinds[given.type]
     if given.type == "boolean" and given.default is UNSET:
