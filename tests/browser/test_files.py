@@ -177,7 +177,7 @@ def test_a_deletion_is_undone_or_refused(server: Server, page: Page, allowed: li
 
 
 def test_a_selection_by_keys_is_deleted(server: Server, page: Page) -> None:
-    """Shift takes a range, Ctrl+A all, Escape none, Delete deletes; leaving the page carries it out."""
+    """Shift takes a range, Ctrl+A all, Escape none, Delete deletes; leaving carries it out."""
     for i in range(6):
         store(server, f"{i}.bin")
     page.goto(f"{server.url}/#files")
@@ -198,7 +198,7 @@ def test_a_selection_by_keys_is_deleted(server: Server, page: Page) -> None:
 
 
 def test_a_table_is_exported_with_a_preview(server: Server, page: Page, allowed: list[str]) -> None:
-    """Columns and filter show in the first rows; a wrong filter is said at its field; by keys alone."""
+    """Columns and filter show in the first rows; a wrong filter is told at its field; by keys."""
     allowed.append("status of 400")
     store(server, "orders.csv", ROWS)
     job = server.post("/v1/jobs", {"kind": "csv.import", "params": {"source": "orders.csv"}}).json
