@@ -54,7 +54,7 @@ export class Overview {
     const { now, counts } = this.store;
     if (this.node.hidden || !now) return;
     const { disk_bytes: disk, free_bytes: free } = now;
-    morph(this.node, this.flow("in"), this.flow("out"),
+    morph(this.node, el("h1", { class: "hush" }, words.views.overview), this.flow("in"), this.flow("out"),
       part(words.now.running, bar(say.slots(now.running, now.slots), now.running / now.slots), bars(now.running_by_kind ?? {})),
       part(words.views.jobs, bars(counts)),
       part(say.disk, bar(say.free(format.bytes(free), format.bytes(disk)), 1 - free / disk), line(words.now.stored(format.bytes(now.stored_bytes), format.count(now.files)))),
