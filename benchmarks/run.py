@@ -34,6 +34,7 @@ NAMES = (
         "checkpoint",
         "channel",
         "connections",
+        "dashboard",
     ),
 )
 _PAGE = ROOT / "docs" / "benchmarks.md"
