@@ -63,11 +63,11 @@ export async function act(app, row, op) {
   return tell();
 }
 
-// To many: rows, or a filter of the server that takes n of them.
-export async function actMany(app, rows, op, filter, n) {
+// To many: rows, or all that a filter of the server takes.
+export async function actMany(app, rows, op, filter) {
   const ids = filter ? [] : rows.filter((row) => can(row, op)).map((row) => row.id);
   if (!filter && !ids.length) return notice(words.many.none(words.act[op]), true);
-  if (op === "delete") return remove(app, filter ? rows.filter(isFinal).map((row) => row.id) : ids, words.many.jobs(filter ? n : ids.length), filter);
+  if (op === "delete") return remove(app, filter ? rows.filter(isFinal).map((row) => row.id) : ids, words.many.jobs(filter ? "" : ids.length), filter);
   for (const id of ids) {
     notes.delete(id);
     doing.set(id, { op, version: Infinity, until: performance.now() + NOTE_MS });

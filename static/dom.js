@@ -1,8 +1,6 @@
 // Elements, icons, sparkline, menu, dialog, notices.
 //
-// Strategy: names come from strangers, so text only ever enters the page as a text node; nothing here
-// parses markup. One menu and one live region exist at a time. Styles are classes, or are set through the
-// CSSOM, which the page's policy allows.
+// Names come from strangers, so text only ever enters the page as a text node: nothing parses markup.
 
 import { words } from "./words.js";
 
@@ -20,7 +18,7 @@ export function el(tag, props = {}, ...children) {
   return node;
 }
 
-// Writes only what differs: most updates of a live list change nothing.
+// These write only what differs: most updates of a live list change nothing.
 export function setText(node, text) {
   if (node.textContent !== text) node.textContent = text;
 }
@@ -43,7 +41,6 @@ export function morph(parent, ...nodes) {
 
 export const part = (title, ...rest) => el("section", {}, el("h2", {}, title), ...rest);
 
-// A button with a word, or with a sign and the word for its name.
 export const button = (label, onclick, props = {}) => el("button", { type: "button", onclick, ...props }, label);
 
 const STROKES = {
@@ -51,23 +48,22 @@ const STROKES = {
   up: "M10 16V4.5M5.5 9 10 4.5 14.5 9",
   down: "M10 4v11.5M5.5 11l4.5 4.5 4.5-4.5",
   drop: "M10 13.5v-10M5.8 7.5 10 3.3l4.2 4.2M3.5 17h13",
-  gear: "M10 4.8a5.2 5.2 0 1 0 0 10.4 5.2 5.2 0 0 0 0-10.4ZM10 8a2 2 0 1 0 0 4 2 2 0 0 0 0-4ZM10 4.8v-2M10 17.2v-2M4.8 10h-2M17.2 10h-2M6.3 6.3 4.9 4.9M15.1 15.1l-1.4-1.4M6.3 13.7l-1.4 1.4M15.1 4.9l-1.4 1.4",
+  gear: "M10 6a4 4 0 1 0 0 8a4 4 0 0 0 0-8ZM10 6V3M10 14v3M6 10H3M14 10h3M7 7 5 5M13 13l2 2M7 13l-2 2M13 7l2-2",
   cross: "M5.5 5.5l9 9M14.5 5.5l-9 9",
   check: "M4.5 10.5l3.6 3.6 7.4-8",
-  circle: "M10 5.5a4.5 4.5 0 1 0 0 9 4.5 4.5 0 0 0 0-9Z",
-  clock: "M10 3.5a6.5 6.5 0 1 0 0 13 6.5 6.5 0 0 0 0-13ZM10 6.5V10l2.3 1.8",
-  stop: "M10 3.5a6.5 6.5 0 1 0 0 13 6.5 6.5 0 0 0 0-13ZM5.5 14.5l9-9",
+  circle: "M10 6a4 4 0 1 0 0 8a4 4 0 0 0 0-8Z",
+  clock: "M10 4a6 6 0 1 0 0 12a6 6 0 0 0 0-12ZM10 7v3l2 2",
+  stop: "M10 4a6 6 0 1 0 0 12a6 6 0 0 0 0-12ZM6 14l8-8",
   file: "M5.5 3h6l3.5 3.5V17h-9.5zM11.5 3v3.5H15",
   trash: "M4.5 6h11M8 6V4.2h4V6M6 6l.7 10.5h6.6L14 6",
   jobs: "M4 5.5h12M4 10h8M4 14.5h10",
   chart: "M3.5 16.5h13M5 13l3.5-4 3 2.5L16 5",
-  moon: "M15.5 11.8A6.2 6.2 0 0 1 8.2 4.5a6.2 6.2 0 1 0 7.3 7.3Z",
-  help: "M7.5 7.6a2.5 2.5 0 1 1 3.6 2.3c-.8.4-1.1.9-1.1 1.7M10 14.6v.1",
+  moon: "M15 12A6 6 0 0 1 8 5a6 6 0 1 0 7 7Z",
 };
 const FILLS = {
-  pause: "M5.5 4.5h3v11h-3zM11.5 4.5h3v11h-3z",
-  play: "M6.5 4.2v11.6L16 10z",
-  more: "M3.6 10a1.4 1.4 0 1 0 2.8 0 1.4 1.4 0 0 0-2.8 0M8.6 10a1.4 1.4 0 1 0 2.8 0 1.4 1.4 0 0 0-2.8 0M13.6 10a1.4 1.4 0 1 0 2.8 0 1.4 1.4 0 0 0-2.8 0",
+  pause: "M6 5h3v10h-3zM11 5h3v10h-3z",
+  play: "M7 4v12l9-6z",
+  more: "M4 9h2v2h-2zM9 9h2v2h-2zM14 9h2v2h-2z",
 };
 
 export function svg(tag, props, ...children) {
@@ -122,7 +118,7 @@ export function announce(text) {
   }, SAY_MS);
 }
 
-// Short messages at the foot of the page; a bad one stays longer, and none goes while it is looked at.
+// Short messages at the foot of the page; none goes while it is looked at.
 export const noticeShelf = el("aside", { class: "notices", "aria-label": words.notices });
 export function notice(text, bad = false, acts = [], ms = bad ? 12000 : UNDO_MS, over = () => {}) {
   announce(text);

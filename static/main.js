@@ -54,7 +54,7 @@ document.body.prepend(
   el("a", { class: "skip", href: "#main", onclick: (event) => { event.preventDefault(); main.focus(); } }, words.skip),
   el("header", {}, el("a", { class: "logo", href: "#jobs" }, icon("logo"), words.title), el("nav", { "aria-label": words.nav }, links), banner.live,
     button(icon("moon"), theme, { class: "quiet", "aria-label": words.theme, title: words.theme }),
-    button(icon("help"), help, { class: "quiet", "aria-label": words.help.title, title: words.help.title })),
+    button("?", help, { class: "quiet", "aria-label": words.help.title, title: words.help.title })),
   banner.node, main, picker, liveRegion, noticeShelf, shade);
 
 function theme() {

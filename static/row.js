@@ -89,10 +89,8 @@ export function describe(row, app) {
   switch (state) {
     case "running": return running(row, app, said);
     case "pausing": return { ...said, look: "paused" };
-    case "paused": {
-      const by = row.by ? words.paused(who(row.by, app.me), format.time(row.by.at)) : "";
-      return { ...said, look: "paused", small: by || said.small };
-    }
+    case "paused":
+      return { ...said, look: "paused", sub: row.by ? words.paused(who(row.by, app.me), format.time(row.by.at)) : "" };
     case "queued":
     case "scheduled": {
       const begun = progress.done > 0;
