@@ -105,6 +105,7 @@ class Uploads:
         )
         self._publishing = Publishing(manager, state, blobs, limits.digest == "always")
         self._unforced: dict[str, Upload] = {}  # released since the last sync, with open writers
+        self._moved: dict[str, Progress] = {}  # by requests that have ended since it was told
         self._waiting: dict[str, set[str]] = {}  # a part, and the uploads that are joined from it
         manager.use(self, KIND)
 
@@ -641,7 +642,9 @@ class Uploads:
         return None
 
     def changed(self) -> Iterable[tuple[str, Progress]]:
-        """See Driver."""
+        """See Driver. The last of a request counts, too, however short it was."""
+        moved, self._moved = self._moved, {}
+        yield from moved.items()
         for job_id, upload in list(self._live.items()):
             if upload.meter.changed:
                 upload.meter.changed = False
@@ -798,6 +801,8 @@ class Uploads:
     def _forget(self, upload: Upload) -> None:
         if self._live.get(upload.job.id) is upload:
             del self._live[upload.job.id]
+            if upload.meter.changed:
+                self._moved[upload.job.id] = upload.meter.progress()
         upload.released.set()
 
     async def _try_save(self, upload: Upload, sync: bool) -> None:

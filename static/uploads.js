@@ -1,43 +1,33 @@
 // Files on their way from this tab to the server, over tus.
 //
-// Strategy. A small file is one request; a larger one is created, then sent whole. Whatever happens, the
-// next step is the same: ask how much is stored and go on from there. Pause, resume and cancel are the
-// job's: the server holds or ends the request. The label of an upload, <me>.<fingerprint of the
-// content>.<random>, is what finds it again: after an answer that was lost, after a reload, and by the
-// same file in another browser. What someone else is sending is left alone.
+// Strategy. A small file is one request; a larger one is created, then sent whole. Whatever happens, the next step
+// is the same: ask how much is stored and go on from there. Pause and cancel are the job's: the server holds or ends
+// the request. The label of an upload, <me>.<fingerprint of the content>.<random>, finds it again: after a lost
+// answer, after a reload, and for the same file in another browser. What is being sent elsewhere is left alone.
 
-import { announce, ask, el, icon, notice, setText } from "./dom.js";
+import { announce, ask, button, el, notice, setText } from "./dom.js";
+import { isFinal } from "./store.js";
 import { format, words } from "./words.js";
 
 const MIB = 1 << 20;
-const SMALL = 8 * MIB;
-const MOST_BLOCK = 64 * MIB;
 const SAMPLE = 16 << 10;
 const AT_ONCE = 3;
 const SHOWN = 5;
 const MOST_FILES = 20000;
-const STEP_MS = 500;
-const MOST_MS = 15000;
 const COLLECTED_MS = 3000;
 const STUCK_MS = 30000;
-const RATE_S = 10;
-const AGAIN = [0, 408, 409, 423, 425, 429];
-const LABEL = /\.([0-9a-z]+-[0-9a-z]+)\.[0-9a-z]+$/;
+const LABEL = /\.(\w+-\w+)\.\w+$/;
 
 const say = words.uploads;
-const random = () => Math.floor(Math.random() * 2 ** 40).toString(36);
 const base64 = (text) => btoa(String.fromCharCode(...new TextEncoder().encode(text)));
-const pathOf = (file) => file.path ?? (file.webkitRelativePath || file.name);
-const printOf = (row) => (row.kind === "upload" && row.transfer?.protocol === "tus" && LABEL.exec(row.client)?.[1]) || null;
+const printOf = (row) => row.kind === "upload" && LABEL.exec(row.client)?.[1];
 
-// The size, and a hash of samples from the whole length: all of a small file. crypto.subtle is missing
-// on plain http, and need not be: this only finds, the offset is the server's.
+// The size, and a hash of samples from the whole length. It need not be a strong one (crypto.subtle is missing on
+// plain http): it only finds.
 async function fingerprint(file) {
-  const step = Math.max(SAMPLE, (file.size - SAMPLE) / 16);
   const samples = [];
-  for (let at = 0; at < file.size; at += step) samples.push(file.slice(at, at + SAMPLE));
-  let a = 1;
-  let b = 2;
+  for (let at = 0; at < file.size; at += Math.max(SAMPLE, (file.size - SAMPLE) / 16)) samples.push(file.slice(at, at + SAMPLE));
+  let [a, b] = [1, 2];
   for (const byte of new Uint8Array(await new Blob(samples).arrayBuffer())) {
     a = Math.imul(a ^ byte, 0x01000193);
     b = Math.imul(b ^ (b >>> 13) ^ byte, 0x2c1b3c6d);
@@ -47,26 +37,32 @@ async function fingerprint(file) {
 
 export class Uploads {
   constructor(app) {
-    this.app = app;
-    this.waiting = [];
-    this.active = new Set();
-    this.failed = [];
-    this.keys = new Set(); // of all these files
-    this.labels = new Map(); // label → item
-    this.held = false;
+    Object.assign(this, { app, waiting: [], active: new Set(), failed: [], keys: new Set(), labels: new Map(), held: false });
     this.block = Infinity; // bytes in a request, once something between has shown that it needs a bound
-    this.most = MOST_BLOCK;
-    this.panel();
-    app.store.listen((change) => {
-      if (change.rows === null) this.wake();
-      else if (change.event && change.event.from !== change.event.to) this.of(change.event.row)?.wake?.();
+    this.text = el("span");
+    this.meter = el("progress", { "aria-label": say.label });
+    this.hold = button("", () => (this.held ? this.resumeAll() : this.pauseAll()));
+    this.stop = button("", async () => {
+      if (!this.busy) this.node.hidden = true;
+      else if (await ask(say.sure, [], [{ value: "", label: say.keep }, { value: "yes", label: say.cancelAll, kind: "danger" }])) this.cancelAll();
     });
-    addEventListener("online", () => this.wake());
-    addEventListener("beforeunload", (event) => { if (this.active.size || this.waiting.length) event.preventDefault(); });
-    // Else the server would hold a paused request for an hour, and take the upload for one being sent.
-    addEventListener("pagehide", () => {
-      for (const { id } of this.active) if (id) fetch(`/tus/${id}`, { method: "HEAD", keepalive: true }).catch(() => {});
+    this.sub = el("summary");
+    this.bad = el("ul");
+    this.node = el("section", { class: "sending", "aria-label": say.label, hidden: true },
+      el("div", {}, this.text, this.hold, this.stop), this.meter, el("details", {}, this.sub, this.bad));
+    const wake = () => { for (const item of this.active) item.wake?.(); };
+    app.store.listen(({ rows, event }) => {
+      if (rows === null) wake();
+      else if (event && event.from !== event.to) this.of(event.row)?.wake?.();
     });
+    addEventListener("online", wake);
+    addEventListener("beforeunload", (event) => { if (this.busy) event.preventDefault(); });
+    // Else the server would hold a paused request for an hour, and take it for a sender.
+    addEventListener("pagehide", () => { for (const { id } of this.active) if (id) fetch(`/tus/${id}`, { method: "HEAD", keepalive: true }); });
+  }
+
+  get busy() {
+    return this.active.size + this.waiting.length;
   }
 
   // The upload of this tab that a job belongs to.
@@ -76,267 +72,201 @@ export class Uploads {
 
   // Whether the same file, chosen here, can go on with it.
   isMine(row) {
-    return printOf(row) !== null;
+    return Boolean(printOf(row));
   }
 
   add(files) {
-    if (!this.active.size && !this.waiting.length) this.batch = { files: 0, done: 0, bytes: 0, stored: 0, at: performance.now(), seen: [] };
-    const twice = [];
-    const known = this.unfinished();
-    known.catch(() => {});
-    for (const file of files) {
-      const path = pathOf(file);
-      const key = `${path}|${file.size}|${file.lastModified}`;
-      if (this.keys.has(key)) twice.push(file.name);
-      else this.enter({ file, path, key, known });
-    }
-    if (twice.length) notice(say.twice(twice[0], twice.length), true);
+    const twice = files.filter((file) => !this.enter(file)).map((file) => file.name);
+    if (twice.length) notice(say.twice(...twice), true);
     this.next();
   }
 
   // Go on with one job; false if it is another file.
   async goOn(row, file) {
-    if (this.of(row)) return true;
-    try {
-      if (await fingerprint(file) !== printOf(row)) return false;
-      if ((await this.json(`/v1/jobs/${row.id}`)).transfer?.connected) notice(say.elsewhere(row.name), true);
-      else {
-        this.add([]);
-        this.enter({ file, path: row.name, key: row.client, id: row.id, label: row.client });
-        this.next();
-      }
-    } catch {
-      notice(say.unreadable(file.name), true);
-    }
+    if (!this.of(row) && await fingerprint(file).catch(() => "") !== printOf(row)) return false;
+    this.enter(file, row.client);
+    this.next();
     return true;
   }
 
-  enter(item) {
-    Object.assign(item, { at: null, begun: 0, loaded: 0 });
-    this.keys.add(item.key);
-    if (item.label) this.labels.set(item.label, item);
-    this.waiting.push(item);
-    this.batch.files += 1;
-    this.batch.bytes += item.file.size;
+  enter(file, label) {
+    const path = file.path ?? (file.webkitRelativePath || file.name);
+    const key = label ?? `${path}|${file.size}|${file.lastModified}`;
+    if (this.keys.has(key) || this.labels.has(label)) return false;
+    if (!this.busy) Object.assign(this, { files: 0, done: 0, bytes: 0, stored: 0, sum: 0, rate: 0, from: performance.now(), seenAt: performance.now() });
+    this.keys.add(key);
+    this.waiting.push({ file, path, key, label, at: null });
+    this.files += 1;
+    this.bytes += file.size;
+    return true;
   }
 
   next() {
     while (!this.held && this.waiting.length && this.active.size < AT_ONCE) {
       const item = this.waiting.shift();
       this.active.add(item);
-      this.run(item);
+      this.run(item).then((why) => this.active.delete(item) && this.end(item, why));
     }
     this.show();
   }
 
   // why: undefined if it is stored, null if its row says what has happened, else what to say here.
   end(item, why) {
-    if (!this.active.delete(item)) return;
+    this.active.delete(item);
     if (why) {
-      item.why = why;
-      this.failed.push(item);
       notice(`${item.file.name}: ${why}`, true);
-    } else this.forget(item, why === undefined);
-    this.next();
-  }
-
-  forget(item, stored) {
-    this.keys.delete(item.key);
-    this.labels.delete(item.label);
-    if (stored) {
-      this.batch.done += 1;
-      this.batch.stored += item.file.size;
+      this.failed.push(Object.assign(item, { why }));
     } else {
-      this.batch.files -= 1;
-      this.batch.bytes -= item.file.size;
+      this.keys.delete(item.key);
+      this.labels.delete(item.label);
+      this.files -= why === null;
+      this.done += why !== null;
+      this[why === null ? "bytes" : "stored"] += why === null ? -item.file.size : item.file.size;
     }
-  }
-
-  again(item) {
-    this.failed.splice(this.failed.indexOf(item), 1);
-    item.known = null;
-    item.at = null;
-    this.waiting.unshift(item);
+    if (!this.busy && this.done) announce(this.text.textContent);
     this.next();
   }
 
-  giveUp(item) {
+  // A failed file, once more or no more.
+  settle(item, again) {
     this.failed.splice(this.failed.indexOf(item), 1);
-    this.forget(item, false);
-    this.show();
+    if (!again) return this.end(item, null);
+    this.waiting.unshift(Object.assign(item, { at: null }));
+    return this.next();
   }
 
-  // One file, until it is stored or nothing more can be done.
+  // One file, until it is stored or nothing more can be done; resolves with why, as in end().
   async run(item) {
+    const { file } = item;
     for (let tries = 0; this.active.has(item); ) {
-      const { at } = item;
       try {
-        await item.file.slice(0, 1).arrayBuffer(); // throws if it has changed or gone
-        item.print ??= await fingerprint(item.file);
+        await file.slice(0, 1).arrayBuffer(); // throws if it has changed or gone
+        item.print ??= await fingerprint(file);
       } catch {
-        return this.end(item, say.unreadable);
+        return say.unreadable;
       }
-      const from = performance.now();
-      const answer = await this.step(item);
-      if (!this.active.has(item)) return undefined;
-      const { status, code, detail, offset, wait_s: wait } = answer;
-      if (status === 200 || status === 201 || status === 204) {
-        item.at = offset ?? 0;
-        if (item.at === item.file.size) return this.end(item);
-        if (at !== null && item.at > at) tries = 0;
-        if (status === 204) this.pace(performance.now() - from);
+      const { at } = item;
+      const { status, response, got } = await this.step(item);
+      item.at = null;
+      if (status < 0) return say.elsewhere(file.name);
+      if (status >= 200 && status < 300) {
+        item.at = got("Upload-Offset");
+        if (item.at === file.size) return undefined;
+        if (item.at > at) tries = 0;
         if (status === 201 && this.held) await this.command("pause", item);
         continue;
       }
-      if (status === -1) continue; // found, to be asked
-      item.at = null;
-      if (code === "elsewhere" || code === "upload-taken-over") return this.end(item, say.elsewhere(item.file.name));
-      if (item.id && (status === 404 || status === 410)) {
-        const row = await this.json(`/v1/jobs/${item.id}`).catch((error) => error);
-        if (row.state) return this.end(item, row.state === "succeeded" ? undefined : null);
-        if (row.status === 404) return this.end(item, say.ended);
-      } else if (status === 413 && !code && this.block > MIB) this.most = this.block = Math.max(MIB, Math.min(this.block, item.file.size, MOST_BLOCK) / 4);
-      else if (status === 413 && !code) return this.end(item, say.limit);
-      else if (!AGAIN.includes(status) && (status < 500 || status === 507)) return this.end(item, detail || say.refused(status));
-      else {
-        item.lost = status === 0;
-        await new Promise((resolve) => {
-          item.wake = resolve;
-          setTimeout(resolve, wait ? wait * 1000 : Math.random() * Math.min(MOST_MS, STEP_MS * 2 ** tries));
-        });
-        item.wake = null;
+      const gone = item.id && (status === 404 || status === 410);
+      const row = this.rowOf(item);
+      if (gone && row && isFinal(row)) return row.state === "succeeded" ? undefined : null;
+      if (gone && !row && this.knows) return say.ended;
+      if (response?.code === "upload-taken-over") return say.elsewhere(file.name);
+      if (status === 413 && !response) {
+        if (this.block === MIB) return say.limit;
+        this.block = MIB;
+      } else if (!gone && status && (status < 500 || status === 507) && ![408, 409, 423, 425, 429].includes(status)) {
+        return `${response?.detail ?? status} ${response?.next ?? ""}`;
+      } else {
+        item.lost = !status;
+        await new Promise((resolve) => setTimeout(item.wake = resolve, got?.("Retry-After") * 1000 || Math.random() * Math.min(15000, 500 * 2 ** tries)));
         item.lost = false;
         tries += 1;
       }
     }
-    return undefined;
+    return null;
   }
 
-  // The next request of a file.
+  // Whether all that the server has is here just now.
+  get knows() {
+    return this.app.channel.state === "live" && this.app.store.ready && !this.app.store.wanted;
+  }
+
+  rowOf(item) {
+    return this.app.store.sorted.find((row) => row.client === item.label);
+  }
+
+  // The next request of a file; its outcome, or a negative status if someone else is sending it.
   async step(item) {
     const { file } = item;
-    if (item.at !== null) {
-      const body = file.slice(item.at, item.at + this.block);
-      return this.request(item, "PATCH", `/tus/${item.id}`, { "Upload-Offset": item.at }, body);
-    }
-    if (item.id) return this.request(item, "HEAD", `/tus/${item.id}`);
-    // A label that is there already was sent before: its answer may have been lost.
-    const same = (row) => row.client === item.label
-      || (printOf(row) === item.print && row.name.split("/").pop() === file.name.normalize() && !this.of(row));
-    try {
-      const row = (await (item.known ?? this.unfinished())).find(same);
-      item.known = null;
-      if (row) {
-        if (row.client !== item.label && row.transfer.connected) return { code: "elsewhere" };
-        item.id = row.id;
-        this.labels.set(item.label = row.client, item);
-        return { status: -1 };
+    if (item.at !== null) return this.request(item, "PATCH", { "Upload-Offset": item.at }, file.slice(item.at, item.at + this.block));
+    if (!item.id) {
+      const { store } = this.app;
+      if (!this.knows) return { status: 0 };
+      // One that has the label was begun from here, and its answer was lost.
+      const row = item.label ? this.rowOf(item) : store.sorted.find((one) =>
+        printOf(one) === item.print && one.name.split("/").pop() === file.name.normalize() && !isFinal(one) && !this.of(one));
+      if (row && !item.sent) {
+        await store.recheck(row, {});
+        if (row.transfer.connected) return { status: -1 };
       }
-    } catch (error) {
-      item.known = null;
-      return { status: error.status ?? 0 };
+      item.id = row?.id;
+      item.label ??= row?.client ?? `${this.app.me}.${item.print}.${Math.random().toString(36).slice(2, 9)}`;
+      this.labels.set(item.label, item);
     }
-    item.label ??= `${this.app.me}.${item.print}.${random()}`;
-    this.labels.set(item.label, item);
-    const about = { filename: file.name, filetype: file.type, relativePath: item.path };
-    const headers = { "X-Client-Id": item.label, "Upload-Length": file.size,
-      "Upload-Metadata": Object.entries(about).filter(([, value]) => value).map(([key, value]) => `${key} ${base64(value)}`).join() };
-    return this.request(item, "POST", "/tus/", headers, file.size <= Math.min(SMALL, this.block) ? file : null);
+    if (item.id) return this.request(item, "HEAD");
+    item.sent = true;
+    const about = Object.entries({ filename: file.name, filetype: file.type, relativePath: item.path });
+    return this.request(item, "POST", { "X-Client-Id": item.label, "Upload-Length": file.size,
+      "Upload-Metadata": about.filter(([, value]) => value).map(([key, value]) => `${key} ${base64(value)}`).join() },
+    file.size <= Math.min(8 * MIB, this.block) ? file : null);
   }
 
-  request(item, method, url, headers = {}, body = null) {
+  // By XMLHttpRequest, because fetch tells no progress of what it sends.
+  request(item, method, headers = {}, body = null) {
     return new Promise((resolve) => {
       const xhr = new XMLHttpRequest();
-      const got = (name) => xhr.getResponseHeader(name);
-      xhr.open(method, url);
-      for (const [name, value] of Object.entries(headers)) xhr.setRequestHeader(name, value);
+      xhr.open(method, `/tus/${item.id ?? ""}`);
+      xhr.responseType = "json";
+      for (const name in headers) xhr.setRequestHeader(name, headers[name]);
       if (body) {
         xhr.setRequestHeader("Content-Type", "application/offset+octet-stream");
-        Object.assign(item, { xhr, loaded: 0, size: body.size, movedAt: performance.now(), sentAt: null });
-        xhr.upload.onprogress = ({ loaded }) => {
-          item.loaded = loaded;
+        Object.assign(item, { xhr, whole: false, leftAt: 0, movedAt: performance.now() });
+        xhr.upload.onprogress = ({ loaded, total }) => {
           item.movedAt = performance.now();
-          if (loaded >= MIB) item.sentAt ??= item.movedAt;
+          item.whole = loaded === total;
+          if (loaded >= MIB) item.leftAt ||= item.movedAt;
         };
       }
       xhr.onloadend = () => {
+        const { status, response } = xhr;
         item.xhr = null;
-        let problem = {};
-        try {
-          problem = JSON.parse(xhr.responseText);
-        } catch { /* not ours, or none */ }
-        const address = xhr.status === 201 && got("Location");
-        if (address) item.id = address.split("/").pop();
-        const offset = xhr.status && got("Upload-Offset");
-        resolve({ status: xhr.status, code: problem.code, detail: [problem.detail, problem.next].filter(Boolean).join(" "),
-          offset: offset ? Number(offset) : null, wait_s: xhr.status && Number(got("Retry-After")) });
+        if (status === 201) item.id = xhr.getResponseHeader("Location").split("/").pop();
+        resolve({ status, response, got: (name) => status && Number(xhr.getResponseHeader(name)) });
       };
       xhr.send(body);
     });
   }
 
-  async json(url) {
-    const answer = await fetch(url, { cache: "no-store" });
-    if (!answer.ok) throw Object.assign(new Error(), { status: answer.status });
-    return answer.json();
-  }
-
-  // All uploads that wait for bytes.
-  async unfinished() {
-    const rows = [];
-    for (let after = ""; after !== null; ) {
-      const page = await this.json(`/v1/jobs?kind=upload&state=running&state=pausing&state=paused&limit=200${after}`);
-      rows.push(...page.items);
-      after = page.next && `&after=${page.next}`;
-    }
-    return rows;
-  }
-
-  pace(ms) {
-    if (this.block < Infinity) this.block = Math.max(MIB / 4, Math.min(this.most, this.block * (ms < 1000 ? 2 : ms > 4000 ? 0.5 : 1)));
-  }
-
-  wake() {
-    for (const item of this.active) item.wake?.();
-  }
-
-  // Each second: is a request stuck, or does something between here and the server collect it?
+  // Each second: does something between here and the server collect a request, or is it stuck?
   watch() {
-    const { store, channel } = this.app;
     const now = performance.now();
     for (const item of this.active) {
       const row = this.rowOf(item);
-      if (!item.xhr || channel.state !== "live" || (row && row.state !== "running")) {
-        item.sentAt &&= now;
-        item.movedAt = now;
-        continue;
-      }
-      const stored = row?.progress.done ?? 0;
-      if (now - item.sentAt > COLLECTED_MS && item.sentAt && stored <= (item.at ?? 0) && this.block === Infinity) {
+      if (!item.xhr) continue;
+      if (!this.knows || (row && row.state !== "running")) item.movedAt = item.leftAt &&= now;
+      const collected = item.leftAt && now - item.leftAt > COLLECTED_MS && this.block === Infinity && !(row?.progress.done > item.at);
+      if (collected) {
         this.block = 4 * MIB;
         notice(this.note = say.collected, true);
       }
-      const whole = item.loaded >= item.size;
-      if (!whole && (item.size > this.block * 2 || now - Math.max(item.movedAt, row?.movedAt ?? 0) > STUCK_MS)) item.xhr.abort();
+      if (!item.whole && (collected || now - Math.max(item.movedAt, row?.movedAt ?? 0) > STUCK_MS)) item.xhr.abort();
     }
-    if (store.ready) this.show();
-  }
-
-  rowOf(item) {
-    return item.id ? this.app.store.rows.get(item.id) : this.app.store.sorted.find((row) => row.client === item.label);
+    const { sum, seenAt } = this;
+    this.show();
+    this.rate += ((1000 * (this.sum - sum)) / (now - seenAt) - this.rate) / 5;
+    this.seenAt = now;
   }
 
   // For all of this tab
 
   async command(op, item) {
-    const id = item.id ?? this.rowOf(item)?.id;
     try {
-      if (id) await this.app.channel.command(op, id);
-      return true;
+      const row = this.rowOf(item);
+      if (row) await this.app.channel.command(op, row.id);
     } catch (error) {
-      if (error.code === "offline") notice(words.refused(words.act[op], words.offline), true);
-      return error.code !== "offline";
+      if (error.code === "offline") return notice(words.refused(words.act[op], words.offline), true) ?? false;
     }
+    return true;
   }
 
   pauseAll() {
@@ -352,9 +282,9 @@ export class Uploads {
   }
 
   async cancelAll() {
-    for (const item of this.waiting.splice(0)) this.forget(item, false);
-    for (const item of [...this.active]) {
-      if (!await this.command("cancel", item)) continue;
+    this.held = true;
+    for (const item of this.waiting.splice(0)) this.end(item, null);
+    for (const item of this.active) if (await this.command("cancel", item)) {
       item.xhr?.abort();
       this.end(item, null);
     }
@@ -362,88 +292,51 @@ export class Uploads {
     this.next();
   }
 
-  // What is shown of all that
-
-  panel() {
-    const button = (label, run) => el("button", { type: "button", onclick: run }, label);
-    this.text = el("span", { class: "sending-text" });
-    this.meter = el("progress", { max: 1, "aria-label": say.label });
-    this.hold = button(say.pauseAll, () => (this.held ? this.resumeAll() : this.pauseAll()));
-    this.stop = button(say.cancelAll, async () => {
-      if (await ask(say.sure, el("p", {}, say.sureText), [{ value: "", label: say.keep }, { value: "yes", label: say.cancelAll, kind: "danger" }])) this.cancelAll();
-    });
-    this.close = el("button", { type: "button", class: "quiet", "aria-label": words.dismiss, onclick: () => { this.node.hidden = true; } }, icon("cross"));
-    this.sub = el("p", { class: "sub" });
-    this.bad = el("ul");
-    this.more = el("details", {}, this.head = el("summary"), this.bad);
-    this.node = el("section", { class: "sending", "aria-label": say.label, hidden: true },
-      el("div", {}, this.text, this.hold, this.stop, this.close), this.meter, this.sub, this.more);
-  }
-
+  // What is shown of all that, and a second's beat while there is something to show
   show() {
-    const { active, waiting, failed, batch } = this;
-    const busy = active.size + waiting.length;
-    this.timer = busy ? this.timer ?? setInterval(() => this.watch(), 1000) : clearInterval(this.timer) ?? null;
-    if (!batch) return;
-    let stored = batch.stored;
-    for (const item of active) stored += Math.min(item.file.size, this.rowOf(item)?.progress.done ?? item.at ?? 0);
-    const now = performance.now();
-    const { seen } = batch;
-    if (!seen.length || now - seen.at(-1).now > 500) seen.push({ now, stored });
-    if (seen.length > RATE_S) seen.shift();
-    const rate = (1000 * (stored - seen[0].stored)) / (now - seen[0].now);
-    const moving = !this.held && rate > 0;
-    if (busy) this.node.hidden = false;
-    setText(this.text, busy
-      ? say.sum(format.count(batch.files), format.count(batch.done), format.count(waiting.length), [format.pair(stored, batch.bytes, "bytes"),
-        moving && format.rate(rate, "bytes"), moving && format.left(Array(2).fill((batch.bytes - stored) / rate))])
-      : say.done(batch.done, format.bytes(batch.stored), format.duration((now - batch.at) / 1000)));
-    if (!busy && batch.busy && batch.done) announce(this.text.textContent);
-    batch.busy = busy;
-    this.meter.value = batch.bytes ? stored / batch.bytes : 1;
-    setText(this.hold, this.held ? say.resumeAll : say.pauseAll);
-    this.hold.hidden = this.stop.hidden = !busy;
-    this.close.hidden = Boolean(busy);
-    setText(this.sub, [...active].some((item) => item.lost) ? say.lost : this.held ? say.held : this.note ?? "");
-    this.more.hidden = !failed.length;
-    setText(this.head, say.failed(failed.length, failed[0]?.file.name));
-    const lines = failed.slice(0, SHOWN).map((item) => this.problem(item));
-    if (failed.length > SHOWN) lines.push(el("li", {}, say.more(failed.length - SHOWN)));
-    if (this.shown !== (this.shown = failed.map((item) => item.key + item.why).join())) this.bad.replaceChildren(...lines);
-  }
-
-  problem(item) {
-    const { name } = item.file;
-    return el("li", { class: "bad" }, `${name}: ${item.why} `, ...[[say.again, "again"], [say.drop, "giveUp"]].map(([label, does]) =>
-      el("button", { type: "button", class: "quiet", "aria-label": words.of(label, name), onclick: () => this[does](item) }, label)));
+    const { active, waiting, failed, busy, held } = this;
+    clearTimeout(this.timer);
+    if (busy) this.timer = setTimeout(() => this.watch(), 1000);
+    this.node.hidden &&= !busy;
+    this.sum = this.stored;
+    for (const item of active) this.sum += this.rowOf(item)?.progress.done ?? item.at ?? 0;
+    const moves = !held && this.rate > 0;
+    setText(this.text, !busy ? say.done(this.done, format.bytes(this.stored), format.duration((performance.now() - this.from) / 1000))
+      : say.sum([this.files, this.done, waiting.length].map(format.count), [format.pair(this.sum, this.bytes, "bytes"),
+        moves && format.rate(this.rate, "bytes"), moves && format.left(Array(2).fill((this.bytes - this.sum) / this.rate))]));
+    this.meter.value = this.bytes ? this.sum / this.bytes : 1;
+    setText(this.hold, held ? say.resumeAll : say.pauseAll);
+    this.hold.hidden = !busy;
+    setText(this.stop, busy ? say.cancelAll : words.dismiss);
+    setText(this.sub, failed.length ? say.failed(failed.length, failed[0].file.name)
+      : [...active].some((item) => item.lost) ? say.lost : held ? say.held : this.note ?? say.safe);
+    if (this.told === (this.told = failed.map((item) => item.key).join())) return;
+    this.bad.replaceChildren(...failed.slice(0, SHOWN).map((item) => el("li", {}, `${item.file.name}: ${item.why} `,
+      [say.drop, say.again].map((label, again) => button(label, () => this.settle(item, again), { class: "quiet", "aria-label": words.of(label, item.file.name) })))),
+    failed.length > SHOWN ? say.more(failed.length - SHOWN) : "");
   }
 }
 
 // The files of a drop, those of folders with their paths, in order. What can't be read is said once.
-export async function dropped(transfer) {
-  const todo = [...transfer.items].filter((item) => item.kind === "file")
-    .map((item) => item.webkitGetAsEntry?.() ?? item.getAsFile()).reverse();
+export async function dropped({ items }) {
+  const wait = (object, method) => new Promise((done, fail) => object[method](done, fail));
+  const entries = [...items].filter((item) => item.kind === "file").map((item) => item.webkitGetAsEntry() ?? item.getAsFile());
   const files = [];
   const unread = [];
-  while (todo.length) {
-    const entry = todo.pop();
+  while (entries.length && files.length < MOST_FILES) {
+    const entry = entries.shift();
     try {
-      if (files.length === MOST_FILES) {
-        notice(say.many(format.count(MOST_FILES)), true);
-        break;
-      } else if (entry.isDirectory) {
+      if (entry.isDirectory) {
         const reader = entry.createReader();
         const inside = [];
-        for (let some = [0]; some.length; inside.push(...some)) some = await new Promise((done, fail) => reader.readEntries(done, fail));
-        todo.push(...inside.reverse());
-      } else if (entry.isFile) {
-        const file = await new Promise((done, fail) => entry.file(done, fail));
-        files.push(Object.assign(file, { path: entry.fullPath.slice(1) }));
-      } else files.push(entry);
+        for (let some = [0]; some.length; inside.push(...some)) some = await wait(reader, "readEntries");
+        entries.unshift(...inside);
+      } else files.push(entry.isFile ? Object.assign(await wait(entry, "file"), { path: entry.fullPath.slice(1) }) : entry);
     } catch {
-      unread.push(entry?.name ?? "?");
+      unread.push(entry.name);
     }
   }
-  if (unread.length) notice(say.unread(unread[0], unread.length), true);
+  if (entries.length) notice(say.many(format.count(MOST_FILES)), true);
+  if (unread.length) notice(say.unread(...unread), true);
   return files;
 }

@@ -309,6 +309,18 @@ def test_progress_is_told_by_its_latest_value(live: Socket, caller: Caller) -> N
     assert (last["row"]["progress"]["done"], last["row"]["progress"]["total"]) == (1200, 1200)
 
 
+def test_the_last_progress_of_a_short_request_is_told(live: Socket, caller: Caller) -> None:
+    """An upload in blocks moves on with each of them, also if none is open when it is told."""
+    subscribe(live)
+
+    def moved_to(done: int) -> Callable[[Any], bool]:
+        return lambda m: m["t"] == "p" and any(row[2] == done for row in m["u"])
+
+    for n in range(3):
+        caller.block("blocks.bin", 9 * n, bytes(9), "&file_size=90")
+        live.until(moved_to(9 * (n + 1)))
+
+
 def test_a_hidden_page_gets_less(live: Socket, caller: Caller) -> None:
     """Who says that nobody looks gets progress once a second."""
     subscribe(live)
