@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from socket import SHUT_RDWR, SO_RCVBUF, SOL_SOCKET
 from time import monotonic
