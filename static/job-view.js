@@ -5,7 +5,7 @@
 // are written once a frame, and wait while the reader looks at older ones.
 
 import { detailsOf } from "./actions.js";
-import { button, copy, el, morph, part, setText } from "./dom.js";
+import { announce, button, copy, el, morph, part, setText } from "./dom.js";
 import { Row, who } from "./row.js";
 import { isFinal, isTransfer } from "./store.js";
 import { format, words } from "./words.js";
@@ -39,7 +39,7 @@ export class JobView {
   constructor(app) {
     this.app = app;
     this.back = el("a", { href: "#jobs" }, say.back);
-    this.lost = el("p", { role: "status" });
+    this.lost = el("h1");
     this.body = el("div");
     this.node = el("div", { class: "job" }, this.back, this.lost, this.body);
     // The list is left with its filter in the address.
@@ -71,7 +71,13 @@ export class JobView {
   end(text) {
     this.hide();
     this.body.replaceChildren();
-    this.lost.textContent = text;
+    this.say(text);
+  }
+
+  say(text) {
+    this.lost.hidden = !text;
+    setText(this.lost, text);
+    if (text) announce(text);
   }
 
   build() {
@@ -82,6 +88,7 @@ export class JobView {
     this.log = box("div", { class: "log", role: "log", "aria-live": "off", "aria-label": say.log, onscroll: () => this.follow(atEnd(this.log)) });
     this.older = el("p");
     this.toggle = button("", () => this.follow(!this.follows));
+    this.seen = 0; // the version
     this.n = 0; // of the last line
     this.follows = true;
     const raw = box("pre");
@@ -104,37 +111,45 @@ export class JobView {
   plan() {
     this.planned ??= requestAnimationFrame(() => {
       this.planned = null;
-      if (!this.job) return;
-      this.row.update();
-      this.row.state.classList.remove("hush");
-      this.write();
+      if (this.job) this.draw();
     });
   }
 
   async load() {
-    const { id, job: old } = this;
+    const { id } = this;
     if (this.busy) return;
     this.busy = true;
     try {
       const job = await get(id);
-      const events = async (after, limit) => (await get(`${id}/events?after=${after}&limit=${limit}`)).items;
-      const far = job.version - NEWEST;
-      const pages = job.version > (old?.version ?? 0) ? await Promise.all(far > FIRST ? [events(0, FIRST), events(far, NEWEST)] : [events(0, FIRST + NEWEST)]) : null;
-      if (id === this.id && job.version) this.tell(job, pages?.flat());
-      else if (id === this.id && job.status === 404) this.end(say.unknown(id));
+      if (id === this.id && job.version) {
+        this.tell(job);
+        if (job.version > this.seen) await this.history(id, job.version);
+      } else if (id === this.id && job.status === 404) this.end(say.unknown(id));
     } catch {
-      if (!this.job) this.lost.textContent = words.offline; // a later change asks again
+      if (!this.job) this.say(words.offline); // a later change asks again
     }
     this.busy = false;
     if (this.id && id !== this.id) this.load();
   }
 
-  tell(job, events) {
+  async history(id, version) {
+    const page = async (after, limit) => (await get(`${id}/events?after=${after}&limit=${limit}`)).items;
+    const far = version - NEWEST;
+    const events = (await Promise.all(far > FIRST ? [page(0, FIRST), page(far, NEWEST)] : [page(0, FIRST + NEWEST)])).flat();
+    if (id !== this.id) return;
+    const { list } = this;
+    const sticks = atEnd(list);
+    morph(list, ...events.map((event, i) => this.entry(event, events[i - 1])));
+    if (sticks) list.scrollTop = list.scrollHeight;
+    this.seen = version;
+  }
+
+  tell(job) {
     const isNew = !this.job;
     this.job = job;
     if (!(this.app.store.rows.get(job.id)?.version >= job.version)) this.app.store.put(job);
     if (isNew) this.build();
-    this.lost.textContent = "";
+    this.say("");
     const { error, transfer, result, artifacts, started_at: start } = job;
     const took = start && format.duration(format.between(start, job.ended_at ?? Date.now()));
     const facts = { ...job, ...transfer, took, error: error?.code, safe: error && say.safe[isTransfer(job)] };
@@ -147,12 +162,13 @@ export class JobView {
       el("a", { href: `/v1/files/${id}/content`, download: name }, name), ` ${format.bytes(bytes)}`,
       Object.entries(digest).map(([algorithm, hex]) => el("div", {}, algorithm.toUpperCase(), " ", el("code", {}, hex), " ",
         button(words.copy, ({ target }) => copy(target.previousElementSibling.textContent), { "aria-label": words.of(words.copy, `${algorithm} ${name}`) }))))));
-    if (events) {
-      const sticks = atEnd(this.list);
-      morph(this.list, ...events.map((event, i) => this.entry(event, events[i - 1])));
-      if (sticks) this.list.scrollTop = this.list.scrollHeight;
-    }
-    this.plan();
+    this.draw();
+  }
+
+  draw() {
+    this.row.update();
+    this.row.state.classList.remove("hush");
+    this.write();
   }
 
   entry({ version, from, to, cause, at, actor, via }, last) {
