@@ -164,6 +164,7 @@ ROUTES: list[Route] = [
         files.ContentHandler,
         {"GET": "The bytes of a file, or ranges of them", "HEAD": "Their headers"},
     ),
+    Route(rf"/v1/files/{_ID}/sample", files.SampleHandler, {"GET": "The first rows of a file"}),
     # Tables
     Route(r"/v1/tables", tables.TablesHandler, {"GET": "List tables"}),
     Route(r"/v1/tables/([^/]+)", tables.TableHandler, {"GET": "What a table has"}),

@@ -12,6 +12,7 @@ from handlers.base import BaseHandler, check_text
 from handlers.send import send_stored
 from jobs.files import clean_path
 from jobs.rows import file_row
+from jobs.samples import sample
 
 
 class FilesHandler(BaseHandler):
@@ -64,6 +65,20 @@ class _Wishes(NamedTuple):
 
     attachment: bool
     track: bool
+
+
+class SampleHandler(BaseHandler):
+    """What an export of a file would begin with."""
+
+    async def get(self, file_id: str) -> None:
+        """The first rows that pass ``where``, with their columns, as texts."""
+        filters, values = self.filters(("columns",), "where", "limit")
+        limit, _ = self.paging(values)
+        file = await self.services.files.get(file_id, self.caller.owner)
+        found = await sample(
+            self.services.files, file, filters["columns"], values.get("where"), limit
+        )
+        self.reply({"columns": found.columns, "items": found.rows, "whole": found.whole})
 
 
 class _Reading(BaseHandler):

@@ -24,13 +24,12 @@ export const soon = (run, timer) => () => {
   timer = setTimeout(run, 250);
 };
 
-let known;
-export const kinds = async () => (known ??= await json("/v1/kinds"));
+export const kinds = () => json("/v1/kinds");
 
 // Of several that are possible: fields, else a text.
 export const resolve = (schema, root) => {
   if (schema.$ref) return resolve({ ...root.$defs[schema.$ref.split("/").pop()], ...schema, $ref: null }, root);
-  const all = schema.anyOf?.map((one) => resolve(one, root)).filter((one) => one.type !== "null");
+  const all = schema.anyOf?.map((one) => resolve(one, root));
   return all ? { ...(all.find((one) => one.properties) ?? all.find((one) => one.type === "string") ?? all[0]),
     ...schema, anyOf: null, many: all.some((one) => one.items) } : schema;
 };
@@ -77,19 +76,19 @@ function files(props, many, chosen) {
     } };
 }
 
-// A control, what helps to fill it in, and how to read it: undefined if nothing is given.
+// A control, what helps to fill it in, and how to read it: undefined for nothing.
 function control(props, schema, root, chosen) {
-  const { id, name, required } = props;
+  const { id, name, required, ...described } = props;
   const { default: initial, type } = schema;
   const shown = typeof initial === "object" ? null : initial;
-  const group = { id, role: "group", "aria-labelledby": `${id}-label`, "aria-describedby": props["aria-describedby"] };
+  const group = { id, role: "group", "aria-labelledby": `${id}-label`, ...described };
   const area = (hint, parse) => {
     const node = el("textarea", { ...props, rows: 2, spellcheck: "false" });
     return { node, hint, read: () => (node.value.trim() ? parse(node.value.split("\n").map((line) => line.trim()).filter(Boolean)) : undefined) };
   };
   if (isFile(name, schema)) return files(props, schema.many || type === "array", chosen);
   if (schema.enum) {
-    const node = el("select", props, required || shown !== null ? null : el("option", { value: "" }, words.process.none),
+    const node = el("select", props, required || initial ? null : el("option", { value: "" }, words.process.none),
       schema.enum.map((value) => el("option", { value, selected: value === initial }, words.process.values[value] ?? value)));
     return { node, read: () => schema.enum.find((value) => String(value) === node.value) };
   }
@@ -152,8 +151,8 @@ export function form(root, id, { schema = resolve(root, root), needed = true, ch
 }
 
 // Say a refusal at the field that it names, or at the one around it; false if there is none.
-export function refuse(message, id, field, focus = true) {
-  for (const path = field?.match(/[a-z]\w*/gi)?.filter((part) => part !== "params") ?? []; path.length; path.pop()) {
+export function refuse(message, id, field = "", focus = true) {
+  for (const path = field.replace("params", "").match(/[a-z]\w*/gi) ?? []; path.length; path.pop()) {
     const key = [id, ...path].join("-");
     const node = document.getElementById(key);
     if (!node) continue;
@@ -254,8 +253,7 @@ export class ProcessView {
     const [name, ...more] = this.options.fields;
     this.form = sender(() => this.start(), [this.chain, button(words.process.chain, () => this.add(), { class: "quiet" }),
       name, el("details", {}, el("summary", {}, words.act.more), el("div", { class: "fields" }, more))], this.count);
-    this.form.addEventListener("input", () => this.changed());
-    this.card = el("div", { class: "card", hidden: true }, this.form);
+    this.card = el("div", { class: "card", hidden: true, oninput: () => this.changed() }, this.form);
     this.problems = el("details", { class: "hint", hidden: true });
     this.node = el("div", { class: "narrow" }, el("h1", {}, words.process.title), this.card, this.problems, stored);
   }
@@ -276,7 +274,7 @@ export class ProcessView {
     }
   }
 
-  reset(kind, chosen) {
+  reset(kind, chosen = new Map()) {
     this.steps = [];
     this.chain.replaceChildren();
     this.card.hidden = false;
@@ -323,7 +321,7 @@ export class ProcessView {
     }
     notice(words.process.begun(before.length));
     this.form.reset();
-    this.reset(this.steps[0].kind.value, new Map());
+    this.reset(this.steps[0].kind.value);
     this.app.go("jobs");
   }
 }

@@ -196,7 +196,6 @@ export const words = {
     expires: (at) => `until ${at}`,
     order: "in the order in which you choose them",
     preview: "The first rows",
-    unfiltered: "The filter applies to the export; these are the first rows of the file.",
   },
 
   process: {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from base64 import b64encode
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import pytest
 
@@ -85,6 +85,69 @@ def test_the_newest_of_each_name_and_a_search(caller: Caller, name: str) -> None
     assert [file["id"] for file in rest["items"]] == [ids[1]]
     assert len(caller.get(f"/v1/files?newest=0&q={name}-oNE").json["items"]) == 2
     assert caller.get(f"/v1/files?q={ids[0]}").json["items"][0]["id"] == ids[0]
+
+
+ROWS = b"id,note\r\n" + b"".join(b'%d,"a ""%d"""\r\n' % (n, n % 3) for n in range(6000))
+
+
+def sample(caller: Caller, file: str, **query: Any) -> Answer:
+    """Ask for the first rows."""
+    return caller.get(f"/v1/files/{file}/sample?{urlencode(query, doseq=True)}")
+
+
+def test_a_sample_is_what_an_export_begins_with(caller: Caller) -> None:
+    """The first rows of CSV and JSONL, of the columns wanted, that pass the filter."""
+    file = caller.store("rows.csv", ROWS)
+    assert sample(caller, file, limit=2).json == {
+        "columns": ["id", "note"],
+        "items": [["0", 'a "0"'], ["1", 'a "1"']],
+        "whole": False,
+    }
+    some = sample(caller, file, columns=["note", "id"], where="id >= 40 and note like '%0%'").json
+    assert (some["columns"], some["items"][0]) == (["note", "id"], ['a "0"', "42"])
+    far = sample(caller, file, where="id = 5999").json
+    assert (far["items"], far["whole"]) == ([], False)  # behind what is looked at
+    long = caller.store("long.csv", b"id,text\n" + b"1," + b"x" * 900_000 + b"\n" + b"2,y\n" * 3)
+    assert sample(caller, long, where="id = 3").json["whole"] is True
+    lines = caller.store("a.jsonl", b'{"a": 1}\n{"b": {"c": "x"}}\n{"a": null}\n')
+    assert sample(caller, lines).json == {
+        "columns": ["a", "b"],
+        "items": [["1", None], [None, '{"c":"x"}'], [None, None]],
+        "whole": True,
+    }
+    assert sample(caller, caller.store("b.csv", b"x\n")).json["columns"] == ["x"]
+
+
+def test_a_sample_of_a_table(caller: Caller) -> None:
+    """Rows of a table come as an export would write them."""
+    caller.store("some.csv", b"id,open\r\n1,yes\r\n2,no\r\n")
+    started = caller.post(
+        "/v1/jobs", {"kind": "csv.import", "params": {"source": "some.csv", "table": "some"}}
+    ).json
+    file = caller.server.wait_for(started["id"], "succeeded")["result"]["file"]
+    found = sample(caller, file, where="open = false").json
+    assert found == {"columns": ["id", "open"], "items": [["2", "false"]], "whole": True}
+
+
+def test_what_has_no_sample_is_refused(caller: Caller) -> None:
+    """A wrong filter or column is a 400 that names the field, a file without rows a 422."""
+    file = caller.store("rows.csv", ROWS)
+    for query, field in (
+        ({"where": "id = "}, "where"),
+        ({"where": "x = 1"}, "where"),
+        ({"columns": "x"}, "columns"),
+        ({"limit": 0}, "limit"),
+    ):
+        answer = sample(caller, file, **query)
+        assert (answer.status, answer.json["field"]) == (400, field)
+    for name, data in (
+        ("a.bin", b"x"),
+        ("a.csv", b""),
+        ("b.csv", b"a,b\n1\n"),
+        ("c.csv", b"PK\3\4"),
+    ):
+        assert sample(caller, caller.store(name, data)).status == 422
+    assert sample(caller, "none").status == 404
 
 
 @pytest.mark.parametrize(
