@@ -13,6 +13,7 @@ import { words } from "./words.js";
 const LIST = 1;
 const AGAIN_MS = 1000;
 const ACK_MS = 20000;
+const GONE_MS = 5000; // the worker says something each second; else it has crashed with the tab that began it
 
 const random = () => crypto.getRandomValues(new Uint32Array(4)).join("-");
 
@@ -51,10 +52,14 @@ export class Channel {
       this.post({ t: "vis", vis: document.visibilityState });
       this.handlers.status();
     });
-    setInterval(() => this.handlers.status(), 500);
+    setInterval(() => {
+      if (performance.now() - this.toldAt > GONE_MS) this.open();
+      this.handlers.status();
+    }, 500);
   }
 
   open() {
+    if (this.port) this.post({ t: "leave" });
     try {
       const worker = new SharedWorker(new URL("./socket.js", import.meta.url), { type: "module", name: "sluice-1" });
       worker.onerror = () => this.inPage(); // it knows no modules
@@ -78,6 +83,7 @@ export class Channel {
   join(port) {
     this.port = port;
     this.conn = null;
+    this.toldAt = performance.now();
     port.onmessage = ({ data }) => { if (port === this.port) this.told(data); };
     this.post({ t: "join", vis: document.visibilityState });
   }
@@ -87,6 +93,7 @@ export class Channel {
   }
 
   told({ base, status, frames }) {
+    this.toldAt = performance.now();
     if (base) this.base = base;
     if (status) this.line(status);
     if (!frames) return;
@@ -108,7 +115,7 @@ export class Channel {
         this.goal = s;
         this.subscribe();
         for (const id of this.logs.keys()) this.subscribeLog(id);
-        for (const { frame } of this.commands.values()) this.post(frame);
+        for (const n of this.commands.keys()) this.say(n);
       }
     }
     this.handlers.status();
@@ -126,7 +133,8 @@ export class Channel {
   }
 
   hear(frame) {
-    const id = frame.id - this.base;
+    const id = frame.id - this.base; // of a subscription
+    const n = Number(String(frame.id).split("c")[1]); // of a command
     switch (frame.t) {
       case "snap": return this.snap(frame);
       case "reset": return this.reset();
@@ -135,11 +143,11 @@ export class Channel {
         return this.asked ? undefined : this.apply(frame);
       case "log": return this.log(id, frame);
       case "ack":
-        return id === LIST ? this.answered(frame) : this.settle(frame.id, (command) => command.resolve(frame));
+        return id === LIST ? this.answered(frame) : this.settle(n, (command) => command.resolve(frame));
       case "err":
         // That of a log is known by its silence: its job is gone.
         if (id === LIST) return setTimeout(() => this.subscribe(), AGAIN_MS);
-        return this.settle(frame.id, (command) => command.reject(new CommandError(frame)));
+        return this.settle(n, (command) => command.reject(new CommandError(frame)));
       case "hb":
         if (!this.asked && this.s !== null && frame.s > this.s) this.subscribe();
         return undefined;
@@ -234,18 +242,22 @@ export class Channel {
         return;
       }
       this.last += 1;
-      const id = `${this.base}c${this.last}`;
-      const frame = { t: "cmd", id, op, key: random(), args, ...(typeof target === "string" ? { job: target } : target) };
-      const late = () => this.settle(id, () => reject(new CommandError({ code: "unanswered", msg: words.unanswered })));
-      this.commands.set(id, { frame, resolve, reject, timer: setTimeout(late, ACK_MS) });
-      this.post(frame);
+      const n = this.last;
+      const frame = { t: "cmd", op, key: random(), args, ...(typeof target === "string" ? { job: target } : target) };
+      const late = () => this.settle(n, () => reject(new CommandError({ code: "unanswered", msg: words.unanswered })));
+      this.commands.set(n, { frame, resolve, reject, timer: setTimeout(late, ACK_MS) });
+      this.say(n);
     });
   }
 
-  settle(id, how) {
-    const command = this.commands.get(id);
+  say(n) {
+    this.post({ ...this.commands.get(n).frame, id: `${this.base}c${n}` });
+  }
+
+  settle(n, how) {
+    const command = this.commands.get(n);
     if (!command) return;
-    this.commands.delete(id);
+    this.commands.delete(n);
     clearTimeout(command.timer);
     how(command);
   }

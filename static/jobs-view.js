@@ -181,7 +181,7 @@ export class JobsView {
   }
 
   get scrolledAway() {
-    return scrollY > this.top - EDGE;
+    return scrollY > 0 && scrollY > this.top - EDGE; // of a list that is hidden so far the top is 0
   }
 
   // Settle what is listed; anew: even if that moves rows under the pointer, because it was asked for.

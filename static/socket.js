@@ -108,6 +108,7 @@ class Line {
   watch() {
     if (this.socket && Date.now() - this.heardAt > (2 * (this.hb || 15) + 5) * 1000) this.closed(1006);
     this.beats += 1;
+    this.tell();
     if (this.beats % PROBE_S === 0) this.probe();
   }
 
@@ -169,7 +170,6 @@ export function serve(port) {
     line?.leave(n);
     line = null;
   };
-  port.onclose = leave;
   port.onmessage = ({ data }) => {
     if (data.t === "join") {
       line = [...lines].find((one) => one.tabs.size < TABS) ?? new Line();

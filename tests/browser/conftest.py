@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
@@ -30,6 +31,7 @@ FLAGS = [
     "--no-first-run",
 ]
 PATIENCE_MS = 15_000
+WORKER_SAYS = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
 
 
 @pytest.fixture(scope="module")
@@ -68,20 +70,68 @@ def context(chromium: Browser, look: dict[str, Any], request: Any) -> Iterator[B
     context.close()
 
 
+class Heard(NamedTuple):
+    """What is heard of the pages of a test."""
+
+    seen: list[str]
+    """Lines of their consoles, and of that of the worker that has their socket."""
+    said: list[Any]
+    """What the worker has said to the server."""
+
+
 @pytest.fixture
-def page(context: BrowserContext, allowed: list[str]) -> Iterator[Page]:
+def heard(chromium: Browser, allowed: list[str]) -> Iterator[Heard]:
+    """Listen to consoles; a script error or an unexpected line fails the test."""
+    heard = Heard([], [])
+    session = chromium.new_browser_cdp_session()
+
+    def tell(worker: str, *methods: str) -> None:
+        for i, method in enumerate(methods):
+            told = {"sessionId": worker, "message": json.dumps({"id": i, "method": method})}
+            session.send("Target.sendMessageToTarget", told)
+
+    def appeared(event: Any) -> None:
+        target = event["targetInfo"]
+        if target["type"] == "shared_worker":
+            attach = {"targetId": target["targetId"], "flatten": False}
+            worker = session.send("Target.attachToTarget", attach)["sessionId"]
+            tell(worker, "Runtime.enable", "Log.enable", "Network.enable")
+
+    def said(event: Any) -> None:
+        message = json.loads(event["message"])
+        method = message.get("method")
+        if method in WORKER_SAYS:
+            heard.seen.append(f"worker: {json.dumps(message['params'])}")
+        elif method == "Network.webSocketFrameSent":
+            heard.said.append(json.loads(message["params"]["response"]["payloadData"]))
+        elif method == "Inspector.targetReloadedAfterCrash":
+            tell(event["sessionId"], "Runtime.runIfWaitingForDebugger")
+
+    session.on("Target.targetCreated", appeared)
+    session.on("Target.receivedMessageFromTarget", said)
+    session.send("Target.setDiscoverTargets", {"discover": True})
+    yield heard
+    session.detach()
+    assert [line for line in heard.seen if not any(part in line for part in allowed)] == []
+
+
+@pytest.fixture
+def page(context: BrowserContext, heard: Heard) -> Page:
     """A page; a script error, a console message or a breach of the policy fails the test."""
+    return new_page(context, heard)
+
+
+def new_page(context: BrowserContext, heard: Heard) -> Page:
+    """Another page like that."""
     page = context.new_page()
-    seen: list[str] = []
+    seen = heard.seen
     page.on("console", lambda message: seen.append(f"{message.type}: {message.text}"))
     page.on("pageerror", lambda error: seen.append(f"error: {error}"))
     page.add_init_script(
         "addEventListener('securitypolicyviolation',"
         " (e) => console.error('policy', e.violatedDirective, e.blockedURI))"
     )
-    yield page
-    unexpected = [line for line in seen if not any(part in line for part in allowed)]
-    assert unexpected == []
+    return page
 
 
 @pytest.fixture
