@@ -156,6 +156,8 @@ export function openMenu(opener, items) {
   const nodes = items.map(({ label, run, danger }) =>
     button(label, () => { menu.hidePopover(); run(); }, { role: "menuitem", tabindex: "-1", class: danger ? "danger" : null }));
   const menu = el("div", { role: "menu", class: "menu", popover: "auto", "aria-label": opener.getAttribute("aria-label") }, nodes);
+  const from = scrollY; // what has brought the opener into sight may be told of only now
+  const away = () => { if (Math.abs(scrollY - from) > 30) menu.hidePopover(); };
   menu.addEventListener("keydown", (event) => {
     const at = nodes.indexOf(document.activeElement);
     const to = { ArrowDown: at + 1, ArrowUp: at - 1, Home: 0, End: nodes.length - 1 }[event.key];
@@ -167,6 +169,7 @@ export function openMenu(opener, items) {
   });
   menu.addEventListener("toggle", ({ newState }) => {
     if (newState === "open") return;
+    removeEventListener("scroll", away);
     setAttr(opener, "aria-expanded", "false");
     if (menu.contains(document.activeElement) || document.activeElement === document.body) opener.focus();
     menu.remove();
@@ -178,7 +181,7 @@ export function openMenu(opener, items) {
   const below = box.bottom + size.height + 8 < innerHeight;
   menu.style.left = `${Math.max(8, box.right - size.width)}px`;
   menu.style.top = `${Math.max(8, below ? box.bottom + 4 : box.top - size.height - 4)}px`;
-  addEventListener("scroll", () => menu.isConnected && menu.hidePopover(), { once: true, passive: true });
+  addEventListener("scroll", away, { passive: true });
   setAttr(opener, "aria-expanded", "true");
   nodes[0].focus({ preventScroll: true });
 }
