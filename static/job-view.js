@@ -15,9 +15,9 @@ const FIRST = 50;
 const NEWEST = 200;
 const LINES = 1000;
 const BATCH = 100; // lines in a frame
-const FACTS = ("kind created_at started_at ended_at took attempt priority owner client not_before after retry_of expires_at deadline_at error safe"
+const FACTS = ("kind created_at started_at ended_at took attempt priority owner id client not_before after retry_of expires_at deadline_at error safe"
   + " protocol connected received_bytes stored_bytes durable_bytes limit_bytes_per_s").split(" ");
-const ALWAYS = 8; // of them have their place before they are known, so that nothing moves
+const ALWAYS = 9; // of them have their place before they are known, so that nothing moves
 
 const get = async (path) => (await fetch(`/v1/jobs/${path}`)).json();
 const time = (at) => el("time", { title: at }, format.moment(at));
@@ -85,7 +85,7 @@ export class JobView {
     this.row = new Row(this.app, this.job, () => {});
     [this.facts, this.files, this.data] = [el("dl"), el("ul"), el("dl")];
     this.list = box("ol", { "aria-label": say.history });
-    this.log = box("div", { class: "log", role: "log", "aria-live": "off", "aria-label": say.log, onscroll: () => this.follow(atEnd(this.log)) });
+    this.log = box("div", { class: "log", role: "log", "aria-live": "off", "aria-label": say.log, hidden: true, onscroll: () => this.follow(atEnd(this.log)) });
     this.older = el("p");
     this.toggle = button("", () => this.follow(!this.follows));
     this.seen = 0; // the version
@@ -195,12 +195,13 @@ export class JobView {
         this.n = n;
       }
       while (log.childElementCount > LINES) log.firstChild.remove();
+      log.hidden = false;
       log.scrollTop = log.scrollHeight;
       if (fresh.length) this.plan();
     }
     const first = log.querySelector("div")?.dataset.n;
     setText(this.older, first > 1 ? say.skipped(first - 1) : first ? "" : say.none);
-    log.hidden = this.toggle.hidden = !first;
+    this.toggle.hidden = !first;
     setText(this.toggle, follows ? say.hold : say.follow(fresh.length));
   }
 }
