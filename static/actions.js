@@ -1,28 +1,18 @@
 // What can be done with jobs: one, a selection, all of a filter.
 //
-// Strategy: a command is pending from the click to the server's answer and to the row that shows it; if
-// it is refused, what was shown before comes back with the reason. Removing waits for Undo, and so is said
-// over HTTP, which the browser carries through even while the page is left.
+// A command is pending from the click to the server's answer; if it is refused, what was shown before comes
+// back with the reason. Removing waits for Undo.
 
 import { announce, copy, later, notice } from "./dom.js";
-import { isFinal, isTransfer } from "./store.js";
+import { isFinal, isTransfer, json, reason } from "./store.js";
 import { words } from "./words.js";
 
-const NOTE_MS = 10000;
-const ACK_GRACE_MS = 3000;
 const BULK = 500;
 
-const doing = new Map(); // of a job's id: {op, version, until}
-const notes = new Map(); // of a job's id: why the last command was refused
+const doing = new Map(); // the command that a job's id waits for
 export const gone = new Set(); // ids that are removed unless Undo is pressed
 
-export function pending(row) {
-  const found = doing.get(row.id);
-  if (found && (row.version >= found.version || performance.now() > found.until)) doing.delete(row.id);
-  return doing.get(row.id)?.op ?? null;
-}
-
-export const note = (row) => notes.get(row.id);
+export const pending = (row) => doing.get(row.id);
 
 // Whether a command can mean something to a job as it is now.
 export const can = (row, op) => ({
@@ -36,80 +26,52 @@ export const can = (row, op) => ({
 
 export const toggle = (row) => (can(row, "resume") ? "resume" : "pause");
 
-const reason = (error) => (error.code === "offline" ? error.message || words.offline : [error.message, error.next].filter(Boolean).join(" "));
+const chunks = (ids) => (ids.length ? [ids.slice(0, BULK), ...chunks(ids.slice(BULK))] : []);
 
-export async function act(app, row, op) {
-  const { id } = row;
-  const tell = () => app.store.tell({ rows: new Set([id]) });
-  if (op === "choose") return app.chooseFor(row);
-  if (op === "delete") return remove(app, [id], row.name);
-  if (doing.has(id)) return undefined;
-  notes.delete(id);
-  const wait = { op: op === "force" ? "cancel" : op, version: Infinity, until: Infinity };
-  doing.set(id, wait);
+// To rows, or to all that a filter of the server takes.
+export async function act(app, rows, op, filter) {
+  if (op === "choose") return app.chooseFor(rows[0]);
+  const ids = rows.filter((row) => can(row, op) && !doing.has(row.id)).map((row) => row.id);
+  const one = !filter && ids.length === 1;
+  const name = one ? rows.find((row) => row.id === ids[0]).name : words.many.jobs(filter ? "" : ids.length);
+  if (!ids.length && !filter) return undefined;
+  if (op === "delete") return remove(app, ids, name, filter);
+  const tell = () => app.store.tell({ rows: new Set(ids) });
+  for (const id of ids) doing.set(id, op === "force" ? "cancel" : op);
   tell();
   if (op === "retry") app.views.jobs.expect();
   try {
-    const ack = await app.channel.command(wait.op, id, op === "force" ? { force: true } : {});
-    if (op === "retry") announce(words.process.started(row.name));
-    Object.assign(wait, { version: op === "retry" ? 0 : ack.v ?? 0, until: performance.now() + ACK_GRACE_MS });
-    setTimeout(tell, ACK_GRACE_MS + 50);
+    let n = 0;
+    const failed = [];
+    for (const target of filter ? [{ f: filter }] : one ? ids : chunks(ids).map((jobs) => ({ jobs }))) {
+      const ack = await app.channel.command(op === "force" ? "cancel" : op, target, op === "force" ? { force: true } : {});
+      n += ack.n;
+      failed.push(...(ack.failed ?? []));
+    }
+    if (!one) notice(words.many.done(words.act[op], n, failed.length, failed[0]?.problem.detail), failed.length > 0);
+    else if (op === "retry") announce(words.process.started(name));
   } catch (error) {
-    doing.delete(id);
-    notes.set(id, words.refused(words.act[op], reason(error)));
-    announce(notes.get(id));
-    setTimeout(() => { notes.delete(id); tell(); }, NOTE_MS);
+    notice(words.refused(words.act[op], `${name}: ${reason(error)}`), true);
   }
+  for (const id of ids) doing.delete(id);
   return tell();
 }
 
-// To many: rows, or all that a filter of the server takes.
-export async function actMany(app, rows, op, filter) {
-  const ids = filter ? [] : rows.filter((row) => can(row, op)).map((row) => row.id);
-  if (!filter && !ids.length) return notice(words.many.none(words.act[op]), true);
-  if (op === "delete") return remove(app, filter ? rows.filter(isFinal).map((row) => row.id) : ids, words.many.jobs(filter ? "" : ids.length), filter);
-  for (const id of ids) {
-    notes.delete(id);
-    doing.set(id, { op, version: Infinity, until: performance.now() + NOTE_MS });
-  }
-  app.store.tell({ rows: new Set(ids) });
-  const targets = filter ? [{ f: filter }] : [];
-  for (let i = 0; i < ids.length; i += BULK) targets.push({ jobs: ids.slice(i, i + BULK) });
-  let done = 0;
-  const failed = [];
-  try {
-    for (const target of targets) {
-      const ack = await app.channel.command(op, target);
-      done += ack.n;
-      failed.push(...(ack.failed ?? []));
-    }
-    notice([words.many.done(words.act[op], done), failed.length ? words.many.failed(failed.length, failed[0].problem?.detail ?? "") : ""].join(" "), failed.length > 0);
-  } catch (error) {
-    notice(words.refused(words.act[op], reason(error)), true);
-  }
-  for (const id of ids) doing.delete(id);
-  return app.store.tell({ rows: new Set(ids) });
-}
-
 function remove(app, ids, name, filter) {
-  const back = () => {
-    ids.forEach((id) => gone.delete(id));
+  const show = (how) => {
+    ids.forEach((id) => gone[how](id));
     app.store.tell({ rows: null });
   };
-  ids.forEach((id) => gone.add(id));
-  app.store.tell({ rows: null });
+  const back = () => show("delete");
+  show("add");
   later(words.removed(name), async () => {
-    const send = (url, method, body) => fetch(url, { method, keepalive: true, ...(body ? { body: JSON.stringify(body) } : {}) });
     try {
-      for (let i = 0; i < (filter ? 1 : ids.length); i += BULK) {
-        const answer = ids.length === 1 && !filter ? await send(`/v1/jobs/${ids[0]}`, "DELETE")
-          : await send("/v1/jobs/delete", "POST", filter ? { filter } : { ids: ids.slice(i, i + BULK) });
-        const said = answer.status === 204 ? {} : await answer.json();
-        const why = answer.ok ? said.failed?.[0]?.problem?.detail : said.detail;
-        if (why) notice(words.refused(words.act.delete, why), true);
+      for (const body of filter ? [{ filter }] : chunks(ids).map((some) => ({ ids: some }))) { // which is carried through while the page is left
+        const { failed } = await json("/v1/jobs/delete", { method: "POST", keepalive: true, body: JSON.stringify(body) });
+        if (failed?.length) throw new Error(failed[0].problem.detail);
       }
-    } catch {
-      notice(words.refused(words.act.delete, words.offline), true);
+    } catch (error) {
+      notice(words.refused(words.act.delete, reason(error)), true);
     }
     setTimeout(back, 500); // what is gone was told by an event meanwhile
   }, back);
@@ -133,15 +95,12 @@ export function curlOf(job) {
   return `curl ${isTransfer(job) ? "-OJ " : ""}-H 'Content-Type: application/json' -d ${quote(JSON.stringify(body))} ${at}/${path}`;
 }
 
-export async function detailsOf(row) {
-  const answer = await fetch(`/v1/jobs/${row.id}`, { cache: "no-store" });
-  return answer.ok ? answer.json() : row;
-}
+export const detailsOf = (row) => json(`/v1/jobs/${row.id}`).catch(() => row);
 
 // For openMenu.
 export function menuItems(app, row) {
   const found = fetchable(row);
-  const item = (op) => can(row, op) && { label: words.act[op], run: () => act(app, row, op), danger: ["cancel", "force", "delete"].includes(op) };
+  const item = (op) => can(row, op) && { label: words.act[op], run: () => act(app, [row], op), danger: ["cancel", "force", "delete"].includes(op) };
   return [
     { label: words.act.open, run: () => app.go(`job=${row.id}`) },
     item("pause"), item("resume"), item("retry"),

@@ -5,7 +5,8 @@
 // hides at once; the request goes when Undo is over.
 
 import { button, copy, el, icon, later, notice, setText } from "./dom.js";
-import { begin, clear, form, json, kinds, refuse, resolve, say, sender, soon } from "./process-view.js";
+import { begin, clear, form, kinds, refuse, resolve, sender, soon } from "./process-view.js";
+import { json, reason } from "./store.js";
 import { format, words } from "./words.js";
 
 const PAGE = 100;
@@ -167,7 +168,7 @@ export class FilesView {
         why = error;
         show([file], true);
       })));
-      if (why) notice(words.refused(words.files.delete, say(why)), true);
+      if (why) notice(words.refused(words.files.delete, reason(why)), true);
       this.load(true);
     }, () => show(files, true));
   }
@@ -194,7 +195,7 @@ export class FilesView {
         preview.replaceChildren(el("table", {}, rows));
         return sample.columns;
       } catch (error) {
-        if (!refuse(say(error), "x", error.field, false)) setText(preview, say(error));
+        if (!refuse(reason(error), "x", error.field, false)) setText(preview, reason(error));
         return [];
       }
     };

@@ -4,7 +4,7 @@
 // only those in sight exist; what the store tells is written once a frame. What is listed is settled anew
 // only while that disturbs nobody: not under the pointer, nor while it is scrolled.
 
-import { act, actMany, can, gone, toggle } from "./actions.js";
+import { act, can, gone } from "./actions.js";
 import { Spark, button, el, icon, openMenu, setAttr, setText } from "./dom.js";
 import { Row } from "./row.js";
 import { fraction } from "./store.js";
@@ -290,7 +290,7 @@ export class JobsView {
   }
 
   command(op) {
-    actMany(this.app, this.pickedRows(), op, this.all.checked && !this.app.store.complete && (this.filter ?? {}));
+    act(this.app, this.pickedRows(), op, this.all.checked && !this.app.store.complete && (this.filter ?? {}));
     if (op === "delete") this.pickAll(false);
   }
 
@@ -316,7 +316,7 @@ export class JobsView {
     } else if (op && this.picked.size) this.command(op);
     else if (op && row && can(row, op)) {
       if (op === "delete") this.focusRow(i < this.ids.length - 1 ? i + 1 : i - 1);
-      act(this.app, row, op);
+      act(this.app, [row], op);
     } else if (key === "/") this.search.focus();
     else if (key === "Escape") this.pickAll(false);
     else if (key === "a" && (event.ctrlKey || event.metaKey)) this.pickAll(true);

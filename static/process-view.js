@@ -6,18 +6,10 @@
 // key, so that pressing again after a lost answer or a refused later step starts nothing twice.
 
 import { announce, button, el, icon, notice, setText } from "./dom.js";
+import { json, reason } from "./store.js";
 import { format, words } from "./words.js";
 
 const RESULT = "job:"; // and an id: what that job makes
-
-export async function json(url, options) {
-  const answer = await fetch(url, { cache: "no-store", ...options });
-  const said = answer.status === 204 ? null : await answer.json();
-  if (!answer.ok) throw Object.assign(new Error(said.detail), said);
-  return said;
-}
-
-export const say = (error) => (error instanceof TypeError ? words.offline : error.message);
 
 export const soon = (run, timer) => () => {
   clearTimeout(timer);
@@ -270,7 +262,7 @@ export class ProcessView {
         el("ul", {}, problems.map(({ file, detail }) => el("li", {}, `${file}: ${detail}`))));
       this.problems.hidden = !problems.length;
     } catch (error) {
-      notice(say(error), true);
+      notice(reason(error), true);
     }
   }
 

@@ -7,6 +7,8 @@
 // ones come one after another, up to MOST. Numbers fall from page to page, so after a reset a page tells
 // which of the rows that are shown are gone. Everything that finds a row by its number halves its way.
 
+import { words } from "./words.js";
+
 const FINAL = new Set(["succeeded", "failed", "cancelled"]);
 const MOST = 10000;
 const FOUND = 500; // by one search
@@ -15,6 +17,17 @@ const STILL_MS = 5000;
 
 export const isFinal = (row) => FINAL.has(row.state);
 export const isTransfer = (row) => row.kind === "upload" || row.kind === "download";
+
+// What the server says over REST; throws its problem.
+export async function json(url, options) {
+  const answer = await fetch(url, { cache: "no-store", ...options });
+  const said = answer.status === 204 ? null : await answer.json();
+  if (!answer.ok) throw Object.assign(new Error(said.detail), said);
+  return said;
+}
+
+// Why something did not work, in words.
+export const reason = (error) => (error instanceof TypeError ? words.offline : [error.message, error.next].filter(Boolean).join(" ") || words.offline);
 
 export class Store {
   constructor() {

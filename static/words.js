@@ -81,10 +81,8 @@ export const words = {
     all: "Select all",
     picked: (n, more) => `${more ? "All" : n} selected`,
     clear: "Clear",
-    none: (act) => `${act}: nothing here to do that with.`,
     jobs: (n) => (n === 1 ? "1 job" : `${n || "All"} jobs`),
-    done: (act, n) => `${act}: ${n} done.`,
-    failed: (n, why) => `${n} not: ${why}`,
+    done: (act, n, failed, why) => `${act}: ${n} done.${failed ? ` ${failed} not: ${why}` : ""}`,
   },
   search: "Search",
   searchHint: "Search   /",
@@ -120,19 +118,18 @@ export const words = {
   soFar: (amount) => `${amount} so far`,
   stalled: (at) => `Nothing has come since ${at}; what came is safe.`,
   waits: {
-    slot: (running, slots) => (slots ? `Waits for a slot: ${running} of ${slots} in use` : "Waits for a slot"),
-    place: (n) => (n === 1 ? "Next in line" : `${n}${["st", "nd", "rd"][((n + 90) % 100 - 10) % 10 - 1] ?? "th"} in line`),
+    slot: (running, slots, n) => `${n ? `${n === 1 ? "Next" : `No. ${n}`} in line · waits` : "Waits"} for a slot${slots ? `: ${running} of ${slots} in use` : ""}`,
     after: "Waits for another job",
     time: (at) => `Starts at ${at}`,
     backoff: (at, n) => `Attempt ${n} at ${at}`,
   },
   away: {
-    here: "The connection was lost; this tab sends on as soon as it can.",
+    here: () => "The connection was lost; this tab sends on as soon as it can.",
     mine: (amount) => `${amount} are safe. Choose the file again to go on.`,
     other: (amount) => `${amount} are safe. Waits for its sender to go on.`,
   },
-  undoing: (done, total) => `Undoing: ${done} of ${total}`,
-  undone: (done, total) => `Undone: ${done} of ${total}.`,
+  undoing: ({ done, total }) => `Undoing: ${done} of ${total}`,
+  undone: ({ done, total }) => `Undone: ${done} of ${total}.`,
   by: {
     you: "by you", server: "by the server", browser: "in another browser", api: "over the API",
     who: (name) => `by ${name}`,
@@ -147,12 +144,6 @@ export const words = {
     "client-gone": "Nothing was kept; send it again.",
     interrupted: "Nothing was kept; send it again. An upload from this page would have gone on.",
     "file-unknown": "Upload the file, then retry.",
-    "digest-mismatch": "The file is not the one that was meant; upload it again.",
-    "disk-full": "Free some space, then retry.",
-    "kind-failed": "Retry, or see the details.",
-    "upload-stalled": "Send it again.",
-    "quota-exceeded": "Delete files, then send it again.",
-    "cursor-incompatible": "Retry runs it from the start.",
   },
 
   uploads: {
@@ -303,6 +294,7 @@ const full = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle
 
 const UNITS = ["B", "kB", "MB", "GB", "TB", "PB"];
 
+const digest = (name, hex) => `${name.toUpperCase()} ${hex.slice(0, 4)}…${hex.slice(-4)}`;
 const unitOf = (unit) => words.units[unit] ?? unit;
 const power = (bytes) => {
   let step = 0;
@@ -328,6 +320,7 @@ function amount(value, unit) {
 }
 
 function pair(done, total, unit) {
+  if ((total ?? null) === null) return words.soFar(amount(done, unit));
   if (unit !== "bytes") return `${count(done)} of ${count(total)}${NB}${unitOf(unit)}`;
   const step = power(total);
   return `${done === 0 ? "0" : scaled(done, step)} of ${scaled(total, step)}${NB}${UNITS[step]}`;
@@ -371,4 +364,4 @@ const second = (at) => seconds.format(date(at));
 const moment = (at) => (sameDay(date(at), new Date()) ? second : exact)(at);
 const between = (from, to) => Math.max(0, (date(to) - date(from)) / 1000);
 
-export const format = { count, percent, bytes, amount, pair, rate, duration, left, time, exact, second, moment, between };
+export const format = { count, percent, bytes, amount, pair, rate, duration, left, time, exact, second, moment, between, digest };

@@ -224,7 +224,7 @@ def test_rules_when_empty_and_offline(
     server.kill()
     expect(page.locator(".banner")).to_be_visible()
     counting.get_by_role("button", name="Pause counting").click()
-    expect(counting).to_contain_text("Pause did not work: There is no connection")
+    expect(page.locator(".notices")).to_contain_text("Pause did not work: counting: There is")
     assert violations(page, axe) == []
     assert sideways(page) == []
 

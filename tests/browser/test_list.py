@@ -235,7 +235,7 @@ def test_a_refused_command_is_rolled_back(server: Server, page: Page) -> None:
             .observe(row, {subtree: true, attributes: true});
           // Cancelled behind the back of the page, in the same moment.
           fetch(`/v1/jobs/${id}/cancel`, {method: 'POST'});
-          row.querySelector('.main').click();
+          row.querySelector('.acts button').click();
         }""",
         job,
     )

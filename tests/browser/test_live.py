@@ -294,7 +294,9 @@ def test_true_state_after_kill_and_restart(
     server.kill()
     expect(page.locator(".banner")).to_contain_text("Reconnecting")
     page.get_by_role("button", name="Pause counting").click()
-    expect(row(page, "counting")).to_contain_text("Pause did not work: There is no connection")
+    expect(page.locator(".notices")).to_contain_text(
+        "Pause did not work: counting: There is no connection"
+    )
     server.start()
     expect(page.locator(".banner")).to_contain_text("While you were away: 1 failed.")
     expect(page.locator(".live")).to_contain_text("live")
