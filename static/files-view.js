@@ -26,7 +26,7 @@ export class FilesView {
       this.load(true);
     }) });
     this.all = el("input", { type: "checkbox", "aria-label": words.many.all, onchange: () => this.pickAll(this.all.checked) });
-    this.picked = el("span");
+    this.picked = el("span", { class: "many-text" });
     this.fresh = button("", () => this.load(true), { class: "fresh", hidden: true });
     this.acts = ["export", "archive", "process", "delete"].map((op) => button(words.files[op], () => this[op](this.chosen), { class: op === "delete" && "danger" }));
     this.bar = el("div", { class: "picks" }, el("label", { class: "kind" }, this.all), this.picked, el("div", { class: "many-acts" }, this.acts), this.fresh);

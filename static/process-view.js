@@ -117,7 +117,7 @@ function control(props, schema, root, chosen) {
   const node = el("input", { ...props, type: type !== "string" ? "number" : time ? "datetime-local" : "text", min: schema.minimum, max: schema.maximum,
     step: type === "number" ? "any" : null, minlength: schema.minLength, maxlength: schema.maxLength, placeholder: shown, autocomplete: "off",
     pattern: schema.pattern && `.*(?:${schema.pattern}).*` }); // of JSON Schema it may match a part
-  return { node, hint: shown > 999 && words.process.preset(/_s$/.test(name) ? format.duration(shown) : format.bytes(shown)),
+  return { node, hint: shown > 999 && (/_s$/.test(name) ? words.process.preset(format.duration(shown)) : /_bytes$/.test(name) && words.process.preset(format.bytes(shown))),
     read: () => (!node.value && !required ? undefined : time ? new Date(node.value).toISOString() : typed(node.value, schema)) };
 }
 
@@ -207,7 +207,7 @@ class Step {
     this.kind = el("select", { id: `kind${n}`, onchange: () => this.build() }, Object.entries(groups).map(([label, all]) =>
       el("optgroup", { label }, all.map((one) => el("option", { value: one.kind, selected: one.kind === kind }, one.title)))));
     this.about = el("p", { class: "hint" });
-    this.body = el("div", { class: "fields" });
+    this.body = el("div", { class: "pairs" });
     this.node = el("div", { class: "fields", oninput: () => { this.key = null; } },
       el("div", { class: "field" }, el("label", { for: `kind${n}` }, n ? words.process.then : words.process.kind), this.kind, this.about),
       this.body, n ? button(words.process.without, () => view.cut(this), { class: "quiet" }) : null);
@@ -244,7 +244,7 @@ export class ProcessView {
     this.options = form(OPTIONS, "o");
     const [name, ...more] = this.options.fields;
     this.form = sender(() => this.start(), [this.chain, button(words.process.chain, () => this.add(), { class: "quiet" }),
-      name, el("details", {}, el("summary", {}, words.act.more), el("div", { class: "fields" }, more))], this.count);
+      name, el("details", {}, el("summary", {}, words.act.more), el("div", { class: "pairs" }, more))], this.count);
     this.card = el("div", { class: "card", hidden: true, oninput: () => this.changed() }, this.form);
     this.problems = el("details", { class: "hint", hidden: true });
     this.node = el("div", { class: "narrow" }, el("h1", {}, words.process.title), this.card, this.problems, stored);
