@@ -19,7 +19,7 @@ const FACTS = ("kind created_at started_at ended_at took attempt priority owner 
   + " protocol connected received_bytes stored_bytes durable_bytes limit_bytes_per_s").split(" ");
 const ALWAYS = 9; // of them have their place before they are known, so that nothing moves
 
-const get = async (path) => (await fetch(`/v1/jobs/${path}`)).json();
+const get = (path) => fetch(`/v1/jobs/${path}`).then((answer) => answer.json()).catch(() => null);
 const time = (at) => el("time", { title: at }, format.moment(at));
 const none = (given) => (given ?? "").length === 0;
 const atEnd = (box) => box.scrollTop + box.clientHeight > box.scrollHeight - 8;
@@ -85,7 +85,12 @@ export class JobView {
     this.row = new Row(this.app, this.job, () => {});
     [this.facts, this.files, this.data] = [el("dl"), el("ul"), el("dl")];
     this.list = box("ol", { "aria-label": say.history });
-    this.log = box("div", { class: "log", role: "log", "aria-live": "off", "aria-label": say.log, hidden: true, onscroll: () => this.follow(atEnd(this.log)) });
+    this.log = box("div", { class: "log", role: "log", "aria-live": "off", "aria-label": say.log, hidden: true,
+      onscroll: () => {
+        const isOurs = this.log.scrollTop === this.top;
+        this.top = null;
+        if (!isOurs) this.follow(atEnd(this.log));
+      } });
     this.older = el("p");
     this.toggle = button("", () => this.follow(!this.follows));
     this.seen = 0; // the version
@@ -119,25 +124,24 @@ export class JobView {
     const { id } = this;
     if (this.busy) return;
     this.busy = true;
-    try {
-      const job = await get(id);
-      if (id === this.id && job.version) {
-        this.tell(job);
-        if (job.version > this.seen) await this.history(id, job.version);
-      } else if (id === this.id && job.status === 404) this.end(say.unknown(id));
-    } catch {
-      if (!this.job) this.say(words.offline); // a later change asks again
-    }
+    const job = await get(id);
     this.busy = false;
-    if (this.id && id !== this.id) this.load();
+    if (id !== this.id) {
+      if (this.id) this.load();
+    } else if (job?.version) {
+      this.tell(job);
+      if (job.version > this.seen) this.history(id, job.version);
+    } else if (job?.status === 404) this.end(say.unknown(id));
+    else if (!this.job) this.say(words.offline); // a later change asks again
   }
 
   async history(id, version) {
-    const page = async (after, limit) => (await get(`${id}/events?after=${after}&limit=${limit}`)).items;
-    const far = version - NEWEST;
-    const events = (await Promise.all(far > FIRST ? [page(0, FIRST), page(far, NEWEST)] : [page(0, FIRST + NEWEST)])).flat();
-    if (id !== this.id) return;
     const { list } = this;
+    const page = (after, limit) => get(`${id}/events?after=${after}&limit=${limit}`);
+    const far = version - NEWEST;
+    const pages = await Promise.all(far > FIRST ? [page(0, FIRST), page(far, NEWEST)] : [page(0, FIRST + NEWEST)]);
+    if (list !== this.list || pages.includes(null)) return;
+    const events = pages.flatMap(({ items }) => items ?? []);
     const sticks = atEnd(list);
     morph(list, ...events.map((event, i) => this.entry(event, events[i - 1])));
     if (sticks) list.scrollTop = list.scrollHeight;
@@ -156,7 +160,7 @@ export class JobView {
     morph(this.facts, ...pairs(facts, FACTS.filter((name, i) => i < ALWAYS || name in (transfer ?? {}) || !none(facts[name]))));
     const data = { ...result?.data };
     const files = [...[data.files].flat().filter((file) => file?.id), ...artifacts.map((made) => ({ ...made, id: made.file }))];
-    if (files.length) delete data.files;
+    if (data.files?.[0]?.id) delete data.files;
     morph(this.data, ...pairs(data));
     morph(this.files, ...files.map(({ id, name, bytes, digest }) => el("li", {},
       el("a", { href: `/v1/files/${id}/content`, download: name }, name), ` ${format.bytes(bytes)}`,
@@ -197,6 +201,7 @@ export class JobView {
       while (log.childElementCount > LINES) log.firstChild.remove();
       log.hidden = false;
       log.scrollTop = log.scrollHeight;
+      this.top = log.scrollTop;
       if (fresh.length) this.plan();
     }
     const first = log.querySelector("div")?.dataset.n;

@@ -193,7 +193,8 @@ def test_job_that_is_not_there(server: Server, page: Page, allowed: list[str]) -
     server.wait_for(job, "succeeded")
     shown = look_at(page, server, job)
     server.delete(f"/v1/jobs/{job}")
-    expect(shown.get_by_role("heading")).to_have_text(re.compile("short was removed"))
+    expect(shown.get_by_role("heading", name="short was removed")).to_be_visible()
+    expect(shown.get_by_role("heading")).to_have_count(1)
     shown.get_by_role("link", name="Jobs").click()
     expect(page.get_by_role("heading", name="Nothing here yet")).to_be_visible()
 
@@ -241,13 +242,19 @@ def test_log_is_followed(talker: Server, page: Page, tmp_path: Path) -> None:
     newest += more
     path = f"/v1/jobs/{job}/log?after={newest - 1}"
     eventually(lambda: talker.get(path).json["items"], "all is said", 60)
-    follow.click()
+    log.press("End")
     expect(lines.last).to_have_text(f"line {newest}")
     assert is_at_end(log)
     numbers = log.evaluate("(log) => [...log.children].map((line) => Number(line.dataset.n))")
     assert numbers == list(range(newest - 999, newest + 1))
     expect(shown.get_by_text(f"… {newest - 1000} lines skipped")).to_be_visible()
     (tmp_path / "3").touch()
+    expect(lines.last).not_to_have_text(f"line {newest}")
+    shown.get_by_role("button", name="Stop following").click()
+    stood = lines.last.inner_text()
+    expect(shown.get_by_role("button", name=re.compile("Follow: [1-9]"))).to_be_visible()
+    assert lines.last.inner_text() == stood
+    shown.get_by_role("button", name="Follow").click()
     expect(lines.last).to_have_text(f"line {newest + more}", timeout=60_000)
     expect(fact(shown, "ended")).not_to_have_text("–")
 
