@@ -77,7 +77,7 @@ export class Uploads {
   // label: of the upload that the files are for.
   add(files, label) {
     if (!this.busy) {
-      Object.assign(this, { items: this.those("failed"), from: performance.now(), seenAt: performance.now(), sum: 0, rate: 0 });
+      Object.assign(this, { items: this.those("failed"), from: performance.now(), seenAt: performance.now(), sum: 0, rate: 0, beats: 0 });
       this.node.hidden = false;
     }
     const known = new Set(this.those("waiting", "sending", "failed").map((item) => item.key));
@@ -113,7 +113,7 @@ export class Uploads {
     if (item.state !== "sending") return;
     item.state = why ? "failed" : why === null ? "gone" : "done";
     item.why = why;
-    if (why) notice(`${item.file.name}: ${why}`, true);
+    if (why && this.those("failed").length === 1) notice(`${item.file.name}: ${why}`, true);
     this.next();
     if (!this.busy) announce(this.text.textContent);
   }
@@ -152,7 +152,7 @@ export class Uploads {
       if (!gone && status && (status < 500 || status === 507) && ![408, 409, 423, 425, 429].includes(status)) {
         return `${response?.detail ?? status} ${response?.next ?? ""}`;
       }
-      const wait = (status && got("Retry-After") * 1000) || Math.random() * Math.min(15000, 500 * 2 ** tries);
+      const wait = (status && row?.state !== "running" && got("Retry-After") * 1000) || Math.random() * Math.min(15000, 500 * 2 ** tries);
       await new Promise((resolve) => setTimeout(item.wake = resolve, wait));
       item.wake = null;
       tries += 1;
@@ -233,7 +233,8 @@ export class Uploads {
     }
     const { sum, seenAt } = this;
     this.show();
-    this.rate += ((1000 * (this.sum - sum)) / (now - seenAt) - this.rate) / 5;
+    this.beats += 1;
+    this.rate += ((1000 * (this.sum - sum)) / (now - seenAt) - this.rate) / Math.min(5, this.beats);
     this.seenAt = now;
   }
 
@@ -283,7 +284,7 @@ export class Uploads {
     this.hold.hidden = !busy;
     setText(this.stop, busy ? say.cancelAll : words.dismiss);
     setText(this.sub, failed.length ? say.failed(failed.length, failed[0].file.name)
-      : sending.some((item) => item.wake) ? say.lost : held ? say.held : this.note ?? say.safe);
+      : sending.some((item) => item.wake && this.rowOf(item)?.state !== "paused") ? say.lost : held ? say.held : this.note ?? say.safe);
     if (this.told === (this.told = failed.map((item) => item.key).join())) return;
     const change = (item, state) => () => {
       Object.assign(item, { state, at: null, id: null, label: null, sent: false });

@@ -413,6 +413,31 @@ def test_all_of_a_tab_are_paused_resumed_and_cancelled(
     expect(sending(page)).not_to_contain_text("part 3.bin")
 
 
+def test_a_pause_outlives_its_request(
+    serve: Serve,
+    page: Page,
+    context: BrowserContext,
+    make: Callable[[str, int], Path],
+    allowed: list[str],
+) -> None:
+    """A request that is ended because the pause is too long is followed by another, at resume."""
+    allowed += [*DOWN, "503"]
+    server = serve("--pause-hold-s", "1")
+    page.goto(server.url)
+    slow_down(context, page, 5 * MB)
+    path = make("patient.bin", 10 * MB)
+    choose(page, path)
+    see_values(page, path.name, 2)
+    page.get_by_role("button", name=f"Pause {path.name}").click()
+    [job] = server.jobs()
+    eventually(lambda: not server.job(job["id"])["transfer"]["connected"], "it is let go")
+    expect(row(page, path.name)).to_contain_text("Paused")
+    with page.expect_request(lambda request: request.method == "PATCH"):
+        page.get_by_role("button", name=f"Resume {path.name}").click()
+    expect(row(page, path.name)).to_contain_text("Done")
+    assert stored(server) == {path.name: digest(path.read_bytes())}
+
+
 def test_files_are_pasted(server: Server, page: Page) -> None:
     """A pasted file is uploaded; pasted text is nothing."""
     page.goto(server.url)
