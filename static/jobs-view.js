@@ -171,8 +171,9 @@ export class JobsView {
       node.hidden = n === 0 && group !== "all" && group !== this.group;
     }
     // Before the first snapshot neither is shown: what is clicked must not vanish under the pointer.
-    this.empty.hidden = !ready || total > 0;
-    for (const node of [this.bar, this.picks, this.list, this.drop]) node.hidden = !ready || total === 0;
+    const empty = total === 0 && this.app.uploads.node.hidden;
+    this.empty.hidden = !ready || !empty;
+    for (const node of [this.bar, this.picks, this.list, this.drop]) node.hidden = !ready || empty;
   }
 
   matches(row) {

@@ -101,6 +101,7 @@ function chooseFor(row) {
 function take(files) {
   app.uploads.add(files);
   if (files.length) go("jobs");
+  views.jobs.count();
 }
 
 picker.addEventListener("change", async () => {

@@ -281,7 +281,7 @@ export class Uploads {
       : say.done(done.length, format.bytes(this.sum), format.duration((performance.now() - this.from) / 1000)));
     this.meter.value = all ? this.sum / all : 1;
     setText(this.hold, held ? say.resumeAll : say.pauseAll);
-    this.hold.hidden = !busy;
+    this.hold.style.visibility = busy ? "" : "hidden";
     setText(this.stop, busy ? say.cancelAll : words.dismiss);
     setText(this.sub, failed.length ? say.failed(failed.length, failed[0].file.name)
       : sending.some((item) => item.wake && this.rowOf(item)?.state !== "paused") ? say.lost : held ? say.held : this.note ?? say.safe);
