@@ -1,8 +1,7 @@
-// The page of one job: its row, what was asked and what came of it, its history, its log.
+// The page of one job: its row, facts, history, files and log.
 //
-// Strategy: the row is that of the list. What rows lack is read each second while the job lives, and the
-// history whenever the version has risen: of a long one both ends, for versions have no holes. Log lines
-// are written once a frame, and wait while the reader looks at older ones.
+// Strategy: the row is the list's. What rows lack is read each second while the job lives, the history when
+// its version has risen. Log lines are written once a frame, and wait while older ones are looked at.
 
 import { detailsOf } from "./actions.js";
 import { announce, button, copy, el, morph, part, setText } from "./dom.js";
@@ -17,7 +16,7 @@ const LINES = 1000;
 const BATCH = 100; // lines in a frame
 const FACTS = ("kind created_at started_at ended_at took attempt priority owner id client not_before after retry_of expires_at deadline_at error safe"
   + " protocol connected received_bytes stored_bytes durable_bytes limit_bytes_per_s").split(" ");
-const ALWAYS = 9; // of them have their place before they are known, so that nothing moves
+const ALWAYS = 9; // of them have a place before they are known
 
 const get = (path) => fetch(`/v1/jobs/${path}`).then((answer) => answer.json()).catch(() => null);
 const time = (at) => el("time", { title: at }, format.moment(at));
@@ -28,7 +27,7 @@ function value(name, given) {
   if (none(given)) return "–";
   if (/_(at|before)$/.test(name) && Date.parse(given)) return time(given);
   if (/^(after|retry_of)$/.test(name)) return [given].flat().map((id) => el("a", { href: `#job=${id}` }, id));
-  if (/bytes(_per_s)?$/.test(name) && given >= 0) return format.bytes(given) + (name.endsWith("s_per_s") ? "/s" : "");
+  if (/bytes/.test(name) && given >= 0) return format[/per_s/.test(name) ? "rate" : "bytes"](given, "bytes");
   return typeof given === "object" ? el("code", {}, JSON.stringify(given)) : say.bool[given] ?? String(given);
 }
 
