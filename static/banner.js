@@ -1,8 +1,7 @@
 // How it stands with the connection: a word in the header, and a banner over the page.
 //
-// Strategy. status() is called twice a second, and whenever the channel has changed; all that is shown follows
-// from the channel. Who is back within a second is not told. What ends while the connection is lost or the
-// page is hidden is counted by the store, once, and told when all of it is here and somebody looks.
+// Strategy: status() is called twice a second and at each change. Who is back within a second is not told. What
+// ends while the connection is lost or the page hidden is counted by the store, and told once all of it is here.
 
 import { announce, button, el, icon, setAttr, setText } from "./dom.js";
 import { format, words } from "./words.js";

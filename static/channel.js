@@ -1,9 +1,8 @@
 // What one tab asks of the live channel, and how it misses nothing.
 //
-// Strategy: the cursor (epoch, s) of the last applied message is the truth about what this page has seen. An ev
-// or mark is applied only if its p is that s; else something was lost, and the page subscribes again from its
-// cursor, taking neither until the ack. Pages of a snapshot are asked for one at a time, so half of one is a fine
-// place to resume. After each new connection all is said again: subscriptions, and under their keys commands.
+// Strategy: an ev or mark is applied only if its p is the cursor; else something was lost, and the page
+// subscribes again from its cursor, taking neither until the ack. Pages are asked for one at a time, so half a
+// snapshot is a fine place to resume. After each new connection all is said again, commands under their keys.
 
 import { serve } from "./socket.js";
 import { words } from "./words.js";
@@ -35,8 +34,7 @@ export class Channel {
   logs = new Map();
   commands = new Map();
 
-  // handlers: frame(frame, first) for snap, ev, p, counts, now, and the ack of a resumed subscription; it
-  // returns the cursor of the page to be sent next, if any. status() whenever the state has changed.
+  // handlers: frame(frame, first) of the store; status() whenever the state has changed
   constructor(handlers) {
     this.handlers = handlers;
     for (const name of ["online", "offline"]) addEventListener(name, () => this.post({ t: "net", online: name === "online" }));
@@ -91,7 +89,7 @@ export class Channel {
     for (const frame of frames) this.hear(frame);
   }
 
-  // How it stands with the connection. This page is live once its list is.
+  // This page is live once its list is.
   line({ state, conn, s, lostAt, ...rest }) {
     Object.assign(this, rest);
     if (state !== "live") {
@@ -106,7 +104,7 @@ export class Channel {
     this.handlers.status();
   }
 
-  // How many events, of whomever, came while this page was away and are not here yet.
+  // Events, of whomever, that came while this page was away and are not here yet
   get behind() {
     return Math.max(0, this.goal - this.s);
   }
@@ -140,8 +138,7 @@ export class Channel {
     else this.epoch = this.s = null; // a snapshot follows
   }
 
-  // After the ack this says only why. One that comes unasked, because this page has read too slowly, is
-  // answered by a subscription, so that no page of the list before is taken for one of the new.
+  // After the ack this says only why. If it comes unasked, a subscription keeps pages of the list before apart.
   reset() {
     if (this.s === null) return;
     this.epoch = this.s = null;
@@ -156,8 +153,7 @@ export class Channel {
     this.page(page, first);
   }
 
-  // The list is here, or more of it. While a subscription is not answered no page is asked for: it might belong
-  // to a list that a snapshot replaces.
+  // While a subscription is not answered no page is asked for: a snapshot might replace its list.
   page(frame, first) {
     const was = this.state;
     this.state = "live";
@@ -176,7 +172,7 @@ export class Channel {
     this.post({ t: "retry" });
   }
 
-  // Follow the log of a job, over all reconnects: fn(lines, from) is told the newest 1000, then all that come.
+  // fn(lines, from) is told the newest 1000 lines of a job's log, then all that come, over all reconnects.
   follow(job, fn) {
     const id = this.last += 1;
     this.logs.set(id, { job, fn });
@@ -199,8 +195,7 @@ export class Channel {
     log.fn(lines, from);
   }
 
-  // Resolves with the ack once the change is committed; rejects with a CommandError. target: the id of a job,
-  // {jobs: ids}, {f: filter}, or null.
+  // Resolves with the ack after the commit; rejects with a CommandError. target: id, {jobs: ids}, {f: filter}, null
   command(op, target, args = {}) {
     return new Promise((resolve, reject) => {
       const fail = (code) => reject(new CommandError({ code, msg: words[code] }));

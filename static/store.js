@@ -1,11 +1,8 @@
 // What this page knows of the jobs: rows by id and newest first, counts and numbers as the server tells them.
 //
-// Strategy. A row is replaced whole by any row of a higher version, from wherever it comes, so
-// duplicates and overlaps of snapshot and events do no harm. Progress comes under the job's number h and
-// is dropped if it is of another version. A bar never goes back while its job is unfinished: done only
-// grows. Counts are the server's, never counted here, because not all rows need be here: pages of older
-// ones come one after another, up to MOST. Numbers fall from page to page, so after a reset a page tells
-// which of the rows that are shown are gone. Everything that finds a row by its number halves its way.
+// Strategy: a row is replaced whole by one that is not older, from wherever it comes, so overlaps do no harm.
+// Progress counts for the version it names, and done only grows. Numbers (h) fall from page to page of a
+// snapshot, so each page tells which of the rows that are shown are gone. No count is made here.
 
 import { words } from "./words.js";
 
@@ -30,21 +27,18 @@ export async function json(url, options) {
 export const reason = (error) => (error instanceof TypeError ? words.offline : [error.message, error.next].filter(Boolean).join(" ") || words.offline);
 
 export class Store {
-  constructor() {
-    this.rows = new Map();
-    this.sorted = []; // newest first
-    this.counts = {};
-    this.now = null;
-    this.ready = false;
-    this.complete = false; // all rows that the server has are here
-    this.cursor = null; // of the page behind the oldest one
-    this.wanted = null; // the cursor of the page that is to come next
-    this.epoch = null;
-    this.fresh = new Set(); // ids that this snapshot, or an event since, has named
-    this.gone = new Set(); // ids that were deleted: what REST has said before must not bring them back
-    this.away = null; // {state: n} of what ends while nobody looks, if that is wanted
-    this.listeners = new Set();
-  }
+  rows = new Map();
+  sorted = [];
+  counts = {};
+  now = null;
+  ready = false;
+  complete = false; // all rows that the server has are here
+  cursor = null; // of the page behind the oldest one,
+  wanted = null; // if that is to come by itself
+  fresh = new Set(); // ids that this snapshot, or an event since, has named
+  gone = new Set(); // ids that were deleted, which an answer of REST may still name
+  away = null; // {state: n} of what ends while nobody looks, if somebody wants to know
+  listeners = new Set();
 
   // listen({rows: Set of ids | null for all, counts, now, event})
   listen(listener) {
@@ -60,13 +54,13 @@ export class Store {
     return Object.values(this.counts).reduce((sum, n) => sum + n, 0);
   }
 
-  // first: of a snap, whether it begins a list rather than goes on with it. Returns the cursor of the page
-  // that is wanted next.
+  // Returns the cursor of the page that is wanted next. first: a snapshot begins with this page.
   frame(frame, first) {
     switch (frame.t) {
-      case "snap": return this.snapshot(frame, first);
-      case "ack": // what was missed has yet to come; a page that was asked for does not
-        this.tell({ rows: null });
+      case "snap": this.snapshot(frame, first);
+      // falls through
+      case "ack": // a page that was asked for before does not come
+        this.tell({ rows: null, counts: true });
         return this.wanted;
       case "ev": return this.event(frame);
       case "p": return this.progress(frame);
@@ -77,7 +71,7 @@ export class Store {
         this.now = frame;
         this.sample();
         return this.tell({ now: true });
-      default: return undefined;
+      default: return null;
     }
   }
 
@@ -94,15 +88,9 @@ export class Store {
       this.epoch = epoch;
     }
     for (const row of jobs) this.enter(row);
-    this.counts = counts;
-    this.cursor = cursor;
-    this.complete = last;
-    this.wanted = this.fresh.size < MOST ? cursor : null;
-    this.sorted = this.sorted.filter((row) =>
-      row.h < (this.wanted ?? 0) || this.fresh.has(row.id) || !this.rows.delete(row.id));
-    this.ready = true;
-    this.tell({ rows: null, counts: true });
-    return this.wanted;
+    const wanted = this.fresh.size < MOST ? cursor : null;
+    Object.assign(this, { counts, cursor, wanted, complete: last, ready: true });
+    this.sorted = this.sorted.filter((row) => row.h < wanted || this.fresh.has(row.id) || !this.rows.delete(row.id));
   }
 
   event(frame) {
@@ -117,8 +105,7 @@ export class Store {
 
   // Where a job of that number is, or would be.
   place(h) {
-    let low = 0;
-    let high = this.sorted.length;
+    let [low, high] = [0, this.sorted.length];
     while (low < high) {
       const middle = (low + high) >> 1;
       if (this.sorted[middle].h > h) low = middle + 1;
@@ -137,10 +124,8 @@ export class Store {
     if (this.away && isFinal(row) && (news || (known ? !isFinal(known) : row.h > this.newest))) {
       this.away[row.state] = (this.away[row.state] ?? 0) + 1;
     }
-    if (old && !isFinal(row) && row.progress.done < old.progress.done) row.progress.done = old.progress.done;
-    row.toldAt = performance.now();
-    row.movedAt = old?.movedAt ?? 0;
-    row.rates = old?.rates ?? [];
+    if (!isFinal(row) && row.progress.done < old?.progress.done) row.progress.done = old.progress.done;
+    Object.assign(row, { toldAt: performance.now(), movedAt: old?.movedAt ?? 0, rates: old?.rates ?? [] });
     this.rows.set(row.id, row);
     this.sorted.splice(this.place(row.h), old ? 1 : 0, row);
     return true;
@@ -153,20 +138,14 @@ export class Store {
 
   // Bring older rows that match, over REST, behind those that are here. The newest search wins.
   async search({ state = [], kind = [], q = "" }) {
-    const mine = {};
-    this.searching = mine;
+    const mine = this.searching = {};
     let after = this.cursor;
-    let found = 0;
-    while (after && found < FOUND) {
-      const query = new URLSearchParams({ limit: 100, after });
-      for (const one of state) query.append("state", one);
-      for (const one of kind) query.append("kind", one);
-      if (q) query.set("q", q.slice(0, 200));
-      const answer = await fetch(`/v1/jobs?${query}`, { cache: "no-store" });
-      if (!answer.ok || this.searching !== mine) return;
-      const page = await answer.json();
-      for (const { params, ...row } of page.items) this.enter(row);
-      if (page.items.length) this.tell({ rows: null });
+    for (let found = 0; after && found < FOUND;) {
+      const query = [["limit", 100], ["after", after], ...state.map((one) => ["state", one]), ...kind.map((one) => ["kind", one])];
+      if (q) query.push(["q", q.slice(0, 200)]);
+      const page = await json(`/v1/jobs?${new URLSearchParams(query)}`).catch(() => null);
+      if (!page || this.searching !== mine) return;
+      for (const row of page.items) this.put(row);
       found += page.items.length;
       after = page.next;
     }
@@ -174,38 +153,32 @@ export class Store {
 
   progress(frame) {
     const changed = new Set();
-    for (const [h, version, done, rate, eta, total, phase, message] of frame.u) {
+    for (const [h, version, done, rate_per_s, eta_s, total, phase, message] of frame.u) {
       const row = this.sorted[this.place(h)];
       if (row?.h !== h || row.version !== version) continue;
-      const progress = row.progress;
-      if (done > progress.done) {
-        row.movedAt = performance.now();
-        progress.done = done;
-      }
-      Object.assign(progress, { rate_per_s: rate, eta_s: eta, phase, message });
-      if (total !== null) progress.total = total;
+      const { progress } = row;
+      if (done > progress.done) row.movedAt = performance.now();
+      Object.assign(progress, { done: Math.max(done, progress.done), rate_per_s, eta_s, phase, message, total: total ?? progress.total });
       changed.add(row.id);
     }
     if (changed.size) this.tell({ rows: changed });
   }
 
-  // Once a second: how fast each job is, for its line; one that stands still is told as that.
+  // Once a second: how fast each job is, for its line; 0 if nothing has moved for a while.
   sample() {
-    const now = performance.now();
-    for (const row of this.sorted) {
-      if (row.state !== "running") continue;
-      const moves = now - Math.max(row.movedAt, row.toldAt) < STILL_MS;
-      if (row.rates.push(moves ? row.progress.rate_per_s ?? 0 : 0) > SAMPLES) row.rates.shift();
+    const since = performance.now() - STILL_MS;
+    for (const { state, rates, progress, movedAt, toldAt } of this.sorted) {
+      if (state !== "running") continue;
+      if (rates.push((Math.max(movedAt, toldAt) > since && progress.rate_per_s) || 0) > SAMPLES) rates.shift();
     }
   }
 
-  // Ask, once for each sign, what no event tells: the place in the queue; whether an upload that has gone
-  // quiet is connected, and what the last progress of a short one was.
+  // Ask, once for each sign, what no event tells: the place in the queue; whether an upload has a sender.
   async recheck(row, sign) {
     if (row.rechecked === sign) return;
     row.rechecked = sign;
     try {
-      const told = await (await fetch(`/v1/jobs/${row.id}`, { cache: "no-store" })).json();
+      const told = await json(`/v1/jobs/${row.id}`);
       if (told.version !== row.version) return;
       row.progress.done = Math.max(row.progress.done, told.progress.done);
       Object.assign(row, { transfer: told.transfer, waiting: told.waiting });
@@ -217,9 +190,7 @@ export class Store {
 }
 
 // How much of it is done, 0 to 1; null if nobody knows.
-export function fraction(row) {
-  const { done, total } = row.progress;
-  if (row.state === "succeeded") return 1;
-  if (total === null || total === undefined) return null;
-  return total > 0 ? Math.min(1, done / total) : 0;
+export function fraction({ state, progress: { done, total } }) {
+  if (state === "succeeded") return 1;
+  return total > 0 ? Math.min(1, done / total) : total === 0 ? 0 : null;
 }

@@ -132,7 +132,8 @@ def test_tabs_share_one_connection(
         )
     twin.get_by_role("button", name="Pause counting").click()
     at = [tab.evaluate("window.paused") for tab in (page, twin)]
-    assert abs(at[0] - at[1]) < 100  # ms; it is a frame or two where nothing else is done
+    # In ms. It is a frame or two where nothing else is done.
+    assert abs(at[0] - at[1]) < (100 if FULL else 1000)
     page.close()
     until_said(twin, heard, lambda said: said["t"] == "unsub")
     server.post(f"/v1/jobs/{job}/resume")
