@@ -9,6 +9,7 @@ import { begin, clear, form, kinds, refuse, resolve, sender, soon } from "./proc
 import { json, reason } from "./store.js";
 import { format, words } from "./words.js";
 
+const say = words.files;
 const PAGE = 100;
 const HAS_ROWS = /\.(csv|tsv|jsonl|ndjson)$|(csv|jsonl|ndjson|sqlite3)$/i;
 const size = (files) => format.bytes(files.reduce((sum, { bytes }) => sum + bytes, 0));
@@ -20,7 +21,7 @@ export class FilesView {
     this.rows = new Map(); // of the list, by id
     this.want = PAGE;
     this.list = el("ul", { class: "files", "aria-label": words.views.files, onclick: (event) => this.pick(event) });
-    this.more = button(words.files.more, () => { this.want += PAGE; this.load(true); }, { class: "older", hidden: true });
+    this.more = button(say.more, () => { this.want += PAGE; this.load(true); }, { class: "older", hidden: true });
     this.search = el("input", { type: "search", "aria-label": words.search, placeholder: words.searchHint, oninput: soon(() => {
       history.replaceState(null, "", `#files?${query(["q", this.search.value])}`);
       this.load(true);
@@ -28,9 +29,9 @@ export class FilesView {
     this.all = el("input", { type: "checkbox", "aria-label": words.many.all, onchange: () => this.pickAll(this.all.checked) });
     this.picked = el("span", { class: "many-text" });
     this.fresh = button("", () => this.load(true), { class: "fresh", hidden: true });
-    this.acts = ["export", "archive", "process", "delete"].map((op) => button(words.files[op], () => this[op](this.chosen), { class: op === "delete" && "danger" }));
+    this.acts = ["export", "archive", "process", "delete"].map((op) => button(say[op], () => this[op](this.chosen), { class: op === "delete" && "danger" }));
     this.bar = el("div", { class: "picks" }, el("label", { class: "kind" }, this.all), this.picked, el("div", { class: "many-acts" }, this.acts), this.fresh);
-    this.none = el("p", { class: "nothing", hidden: true }, words.files.none);
+    this.none = el("p", { class: "nothing", hidden: true }, say.none);
     this.empty = el("div", { class: "empty", hidden: true }, icon("file"), el("p", {}, words.empty.files));
     this.node = el("div", {}, el("div", { class: "view-head" }, el("h1", {}, words.views.files), el("div", { class: "finds" }, this.search),
       button(words.drop.upload, () => app.choose(), { class: "primary" })), this.bar, this.list, this.more, this.none, this.empty);
@@ -65,7 +66,7 @@ export class FilesView {
     if (asked !== this.asked) return;
     const fresh = files.filter(({ id }) => !this.rows.has(id)).length;
     this.fresh.hidden = now || !fresh || !this.list.matches(":hover, :focus-within");
-    setText(this.fresh, words.files.fresh(fresh));
+    setText(this.fresh, say.fresh(fresh));
     if (!this.fresh.hidden) return;
     const ids = new Set(files.map(({ id }) => id));
     for (const [id, { node }] of this.rows) {
@@ -91,19 +92,19 @@ export class FilesView {
     const versions = el("ul");
     const node = el("li", { "data-file": id }, old ? el("span") : el("label", { class: "kind" }, box, icon("file")),
       el("div", { class: "what" }, el("div", { class: "name", title: name }, name),
-        el("div", { class: "sub" }, words.files.version(file.version), " · ", file.media_type,
-          digest && [" · ", button(`SHA-256 ${digest.slice(0, 4)}…${digest.slice(-4)}`, () => copy(digest), { title: digest, "aria-label": words.of(words.files.digest, name) })],
-          until && ` · ${words.files.expires(format.time(until))}`,
-          job && [" · ", el("a", { href: `#job=${job}`, "aria-label": words.of(words.files.job, name) }, words.files.job)])),
+        el("div", { class: "sub" }, say.version(file.version), " · ", file.media_type,
+          digest && [" · ", button(`SHA-256 ${digest.slice(0, 4)}…${digest.slice(-4)}`, () => copy(digest), { title: digest, "aria-label": words.of(say.digest, name) })],
+          until && ` · ${say.expires(format.time(until))}`,
+          job && [" · ", el("a", { href: `#job=${job}`, "aria-label": words.of(say.job, name) }, say.job)])),
       el("div", { class: "num much" }, el("b", {}, format.bytes(file.bytes))),
       el("div", { class: "num pace" }, el("small", { title: format.exact(at) }, format.time(at))),
       el("div", { class: "acts" },
         el("a", { class: "textual", href: `/v1/files/${id}/content`, download: name, "aria-label": words.of(words.act.download, name) }, words.act.download),
-        button(icon("trash"), () => this.delete([file]), { title: words.files.delete, "aria-label": words.of(words.files.delete, name) })),
+        button(icon("trash"), () => this.delete([file]), { title: say.delete, "aria-label": words.of(say.delete, name) })),
       old || file.version < 2 ? null : el("details", { ontoggle: async () => {
         const { items } = await json(`/v1/files?${query(["limit", 500], ["name", name])}`).catch(() => ({ items: [] }));
         versions.replaceChildren(...items.map((one) => this.row(one, true).node));
-      } }, el("summary", { "aria-label": words.of(words.files.versions, name) }, words.files.versions), versions));
+      } }, el("summary", { "aria-label": words.of(say.versions, name) }, say.versions), versions));
     return { file, node, box };
   }
 
@@ -133,7 +134,7 @@ export class FilesView {
     this.acts[0].hidden = !this.chosen.every(({ name, media_type: type }) => HAS_ROWS.test(name) || HAS_ROWS.test(type));
     all.checked = n;
     all.indeterminate = n && n < rows.size;
-    setText(this.picked, n ? words.files.picked(n, size(this.chosen)) : words.many.all);
+    setText(this.picked, n ? say.picked(n, size(this.chosen)) : words.many.all);
     if (!n && this.bar.contains(document.activeElement)) all.focus();
     const any = [...rows.values()].some(({ node }) => !node.hidden);
     this.list.hidden = !any;
@@ -161,14 +162,14 @@ export class FilesView {
     };
     if (!files.length) return;
     show(files);
-    later(words.files.deleted(files.length, files[0].name), async () => {
+    later(say.deleted(files.length, files[0].name), async () => {
       let why;
       await Promise.all(files.map((file) => json(`/v1/files/${file.id}`, { method: "DELETE", keepalive: true }).catch((error) => {
         if (error.code === "file-unknown") return;
         why = error;
         show([file], true);
       })));
-      if (why) notice(words.refused(words.files.delete, reason(why)), true);
+      if (why) notice(words.refused(say.delete, reason(why)), true);
       this.load(true);
     }, () => show(files, true));
   }
@@ -179,23 +180,28 @@ export class FilesView {
 
   archive(files) {
     this.ask("archive", files, "files", ["name"], [el("ul", { class: "members" }, files.map((file) => el("li", {}, el("span", {}, file.name), size([file])))),
-      el("p", {}, words.files.picked(files.length, size(files)))]);
+      el("p", {}, say.picked(files.length, size(files)))]);
   }
 
   // With the rows that it would begin with; the first answer has all columns, from which some are chosen.
   async export(files) {
-    const preview = el("div", { class: "preview", tabindex: "0", role: "region", "aria-label": words.files.preview });
+    const preview = el("div", { class: "preview", tabindex: "0", role: "region", "aria-label": say.preview });
     let fields;
+    let last;
     const look = async () => {
       const { columns = [], where } = fields?.read() ?? {};
+      const asked = `/v1/files/${files[0].id}/sample?${query(["limit", 10], ["where", where], ...columns.map((name) => ["columns", name]))}`;
+      if (asked === last) return [];
+      last = asked;
       try {
-        const sample = await json(`/v1/files/${files[0].id}/sample?${query(["limit", 10], ["where", where], ...columns.map((name) => ["columns", name]))}`);
+        const sample = await json(asked);
+        if (asked !== last) return [];
         clear(preview.parentNode ?? preview);
         const rows = [sample.columns, ...sample.items].map((cells, i) => el("tr", {}, cells.map((cell) => el(i ? "td" : "th", {}, cell))));
         preview.replaceChildren(el("table", {}, rows));
         return sample.columns;
       } catch (error) {
-        if (!refuse(reason(error), "x", error.field, false)) setText(preview, reason(error));
+        if (asked === last && !refuse(reason(error), "x", error.field, false)) setText(preview, reason(error));
         return [];
       }
     };
@@ -207,10 +213,10 @@ export class FilesView {
   async ask(kind, files, field, only, body, names = [], changed = () => {}) {
     const { params: root } = (await kinds()).items.find((one) => one.kind === kind);
     const properties = Object.fromEntries(only.map((name) => [name, resolve(root, root).properties[name]]));
-    if (names.length) properties.columns = { type: "array", items: { enum: names }, default: names, description: words.files.order };
+    if (names.length) properties.columns = { type: "array", items: { enum: names }, default: names, description: say.order };
     const fields = form(root, "x", { schema: { properties } });
     const step = { id: "x" };
-    const box = el("dialog", { "aria-label": words.files[kind], onclose: () => box.remove(), oninput: () => { step.key = null; changed(); } }, el("h2", {}, words.files[kind]),
+    const box = el("dialog", { "aria-label": say[kind], onclose: () => box.remove(), oninput: () => { step.key = null; changed(); } }, el("h2", {}, say[kind]),
       sender(async () => {
         await begin([{ kind, params: { ...fields.read(), [field]: files.map(({ id }) => id) } }], step);
         box.close();

@@ -1,14 +1,15 @@
 // The view that starts processes, and the form that a kind's JSON Schema becomes, here and in dialogs.
 //
-// Strategy: each property becomes the plainest control that its schema allows. What is left empty is not sent, so
-// the server's default holds. The server decides, and its refusal lands at the field that it names. Several files
-// for a kind that takes one make a job each; a step of a chain waits for each job of the step before. A start has a
-// key, so that pressing again after a lost answer or a refused later step starts nothing twice.
+// Strategy: each property becomes the plainest control; what is left empty is not sent, so the server's default holds.
+// The server decides, and its refusal lands at the field that it names. Several files for a kind that takes one make
+// a job each; a step of a chain waits for each job of the step before. A start has a key: pressing again after a lost
+// answer, or when a later step was refused, starts nothing twice.
 
 import { announce, button, el, icon, notice, setText } from "./dom.js";
 import { json, reason } from "./store.js";
 import { format, words } from "./words.js";
 
+const say = words.process;
 const RESULT = "job:"; // and an id: what that job makes
 
 export const soon = (run, timer) => () => {
@@ -28,8 +29,8 @@ export const resolve = (schema, root) => {
 
 const isFile = (name, { format: meant }) => meant === "file" || /^(file|source)s?$/.test(name);
 const title = (name) => name[0].toUpperCase() + name.slice(1).replace(/_(s|bytes)$/, " ($1)").replaceAll("_", " ");
+const SIMPLE = /integer|number|string/;
 const typed = (text, { type }) => (/integer|number/.test(type) ? Number(text) : text);
-const some = (list) => (list.length ? list : undefined);
 const stored = el("datalist", { id: "stored" });
 
 // Chosen files (a map of ids or names to names), and a field that searches what is stored.
@@ -55,16 +56,16 @@ function files(props, many, chosen) {
     chips.replaceChildren(...[...chosen].map(([value, name]) => button([name, icon("cross")], () => {
       chosen.delete(value);
       draw();
-    }, { class: "choice", "aria-label": words.of(words.process.drop, name) })));
+    }, { class: "choice", "aria-label": words.of(say.drop, name) })));
     input.required = props.required && !chosen.size;
     input.focus();
     input.dispatchEvent(new Event("input", { bubbles: true }));
   };
   draw();
-  return { node: el("div", {}, chips, el("div", { class: "with" }, input, button(words.process.add, add))), each: !many,
-    hint: many ? words.process.several : words.process.each, read() {
+  return { node: el("div", {}, chips, el("div", { class: "with" }, input, button(say.add, add))), each: !many,
+    hint: many ? say.several : say.each, read() {
       const all = [...chosen.keys(), input.value.trim()].filter(Boolean);
-      return many || all[1] ? some(all) : all[0];
+      return many && all[0] || all[1] ? all : all[0];
     } };
 }
 
@@ -74,15 +75,15 @@ function control(props, schema, root, chosen) {
   const { default: initial, type } = schema;
   const shown = typeof initial === "object" ? null : initial;
   const group = { id, role: "group", "aria-labelledby": `${id}-label`, ...described };
-  const area = (hint, parse) => {
-    const node = el("textarea", { ...props, rows: 2, spellcheck: "false" });
-    return { node, hint, read: () => (node.value.trim() ? parse(node.value.split("\n").map((line) => line.trim()).filter(Boolean)) : undefined) };
+  const plain = (tag, more, parse, hint, options) => {
+    const node = el(tag, { ...props, ...more }, options);
+    return { node, hint, read: () => (node.value || required ? parse(node.value) : undefined) };
   };
-  if (isFile(name, schema)) return files(props, schema.many || type === "array", chosen);
+  const area = (hint, parse) => plain("textarea", { rows: 2, spellcheck: "false" }, (text) => parse(text.split("\n").map((line) => line.trim()).filter(Boolean)), hint);
+  if (isFile(name, schema)) return files(props, schema.many || schema.items, chosen);
   if (schema.enum) {
-    const node = el("select", props, required || initial ? null : el("option", { value: "" }, words.process.none),
-      schema.enum.map((value) => el("option", { value, selected: value === initial }, words.process.values[value] ?? value)));
-    return { node, read: () => schema.enum.find((value) => String(value) === node.value) };
+    return plain("select", {}, (text) => schema.enum.find((value) => String(value) === text), "", [required || initial ? null : el("option", { value: "" }, say.none),
+      ...schema.enum.map((value) => el("option", { value, selected: value === initial }, say.values[value] ?? value))]);
   }
   if (type === "boolean") {
     const node = el("input", { ...props, required: false, type: "checkbox", checked: initial });
@@ -95,14 +96,14 @@ function control(props, schema, root, chosen) {
       return required || Object.keys(value).length ? value : undefined;
     } };
   }
-  if (type === "object" && schema.additionalProperties) {
+  if (schema.additionalProperties) {
     const values = resolve(schema.additionalProperties, root);
-    return area(words.process.map(values.enum?.join(", ")), (lines) => Object.fromEntries(lines.map((line) => {
+    return area(say.map(values.enum?.join(", ")), (lines) => Object.fromEntries(lines.map((line) => {
       const [, key, value] = line.match(/(.*?)\s*=\s*(.*)/);
       return [key, typed(value, values)];
     })));
   }
-  const items = type === "array" && resolve(schema.items, root);
+  const items = schema.items && resolve(schema.items, root);
   if (items?.enum) { // in the order in which they are chosen
     let on = initial ?? [];
     const node = el("div", { ...group, class: "choices" }, items.enum.map((value) => el("label", { class: "choice" },
@@ -111,14 +112,13 @@ function control(props, schema, root, chosen) {
       } }), el("span", {}, value))));
     return { node, read: () => (String(on) === String(initial ?? []) ? undefined : on) };
   }
-  if (items?.type && !items.properties) return area(words.process.many, (lines) => lines.map((line) => typed(line, items)));
-  if (!/integer|number|string/.test(type)) return area("JSON", (lines) => JSON.parse(lines.join(" ")));
+  if (SIMPLE.test(items?.type)) return area(say.many, (lines) => lines.map((line) => typed(line, items)));
+  if (!SIMPLE.test(type)) return area("JSON", (lines) => JSON.parse(lines.join(" ")));
   const time = schema.format === "date-time";
-  const node = el("input", { ...props, type: type !== "string" ? "number" : time ? "datetime-local" : "text", min: schema.minimum, max: schema.maximum,
+  return plain("input", { type: type !== "string" ? "number" : time ? "datetime-local" : "text", min: schema.minimum, max: schema.maximum,
     step: type === "number" ? "any" : null, minlength: schema.minLength, maxlength: schema.maxLength, placeholder: shown, autocomplete: "off",
-    pattern: schema.pattern && `.*(?:${schema.pattern}).*` }); // of JSON Schema it may match a part
-  return { node, hint: shown > 999 && (/_s$/.test(name) ? words.process.preset(format.duration(shown)) : /_bytes$/.test(name) && words.process.preset(format.bytes(shown))),
-    read: () => (!node.value && !required ? undefined : time ? new Date(node.value).toISOString() : typed(node.value, schema)) };
+    pattern: schema.pattern && `.*(?:${schema.pattern}).*` }, // of JSON Schema it may match a part
+  (text) => (time ? new Date(text).toISOString() : typed(text, schema)), shown > 999 && name.endsWith("_s") && format.duration(shown));
 }
 
 // The fields of a schema, whose ids are made of this one and their path; each: the field whose files make a job each.
@@ -128,7 +128,7 @@ export function form(root, id, { schema = resolve(root, root), needed = true, ch
     const required = needed && (schema.required ?? []).includes(name);
     const key = `${id}-${name}`;
     const one = control({ id: key, name, required, "aria-describedby": `${key}-hint ${key}-error` }, property, root, chosen);
-    const hints = [property.description, one.hint, required || "default" in property ? null : words.process.optional];
+    const hints = [property.description, one.hint, required || "default" in property ? null : say.optional];
     return { ...one, name, field: el("div", { class: property.type === "boolean" ? "field check" : "field" },
       el("label", { for: key, id: `${key}-label` }, property.title ?? title(name)), one.node,
       el("p", { class: "hint", id: `${key}-hint` }, hints.filter(Boolean).join(" · ")), el("p", { class: "error", id: `${key}-error` })) };
@@ -137,7 +137,7 @@ export function form(root, id, { schema = resolve(root, root), needed = true, ch
     try {
       return [name, read()];
     } catch (error) {
-      throw error.at ? error : Object.assign(new Error(words.process.bad), { at: id, field: `params.${name}` });
+      throw error.at ? error : Object.assign(new Error(say.bad), { at: id, field: `params.${name}` });
     }
   }).filter(([, value]) => value !== undefined)) };
 }
@@ -164,7 +164,7 @@ export function clear(node) {
 // A form that runs once at a time, and says why it could not: at a field, else at its end.
 export function sender(run, parts, beside) {
   const error = el("p", { class: "error", id: "unsent" });
-  const send = el("button", { class: "primary" }, words.process.start);
+  const send = el("button", { class: "primary" }, say.start);
   const node = el("form", { class: "form", onsubmit: async (event) => {
     event.preventDefault();
     if (send.ariaDisabled) return;
@@ -173,7 +173,7 @@ export function sender(run, parts, beside) {
     try {
       await run();
     } catch (why) {
-      const message = why instanceof TypeError ? words.process.again : why.message;
+      const message = why instanceof TypeError ? say.again : why.message;
       if (!refuse(message, why.field?.startsWith("params") ? why.at : "o", why.field)) {
         error.textContent = message;
         announce(message);
@@ -191,47 +191,16 @@ export async function begin(starts, step) {
     const { items, n, failures } = await json("/v1/jobs", { method: "POST", headers: { "Idempotency-Key": `"${step.key}"` }, body: JSON.stringify(starts) });
     const { error } = items.find((item) => item.error) ?? {};
     if (!n) throw Object.assign(new Error(error.detail), error);
-    if (error) notice(words.process.some(n, failures, error.detail), true);
+    if (error) notice(say.some(n, failures, error.detail), true);
     return items.flatMap(({ job }) => job?.id ?? []);
   } catch (error) {
     throw Object.assign(error, { at: step.id });
   }
 }
 
-// One process of a chain: its kind and its fields. chosen: the files that it begins with.
-class Step {
-  constructor(view, n, kind, chosen) {
-    Object.assign(this, { view, chosen, id: `p${n}` });
-    const fit = ({ params }) => n || !chosen.size || Object.entries(resolve(params, params).properties).some(([name, one]) => isFile(name, one));
-    const groups = Object.groupBy(view.kinds.filter(fit), (one) => words.process.groups[one.kind.split(".")[0]] ?? words.process.others);
-    this.kind = el("select", { id: `kind${n}`, onchange: () => this.build() }, Object.entries(groups).map(([label, all]) =>
-      el("optgroup", { label }, all.map((one) => el("option", { value: one.kind, selected: one.kind === kind }, one.title)))));
-    this.about = el("p", { class: "hint" });
-    this.body = el("div", { class: "pairs" });
-    this.node = el("div", { class: "fields", oninput: () => { this.key = null; } },
-      el("div", { class: "field" }, el("label", { for: `kind${n}` }, n ? words.process.then : words.process.kind), this.kind, this.about),
-      this.body, n ? button(words.process.without, () => view.cut(this), { class: "quiet" }) : null);
-    this.build();
-  }
-
-  build() {
-    const { kind, params, pause } = this.view.kinds.find((one) => one.kind === this.kind.value);
-    this.form = form(params, this.id, { chosen: this.chosen });
-    this.body.replaceChildren(...this.form.fields);
-    setText(this.about, [kind, resolve(params, params).description?.split("\n")[0], pause && words.process.pause(pause)].filter(Boolean).join(" · "));
-    this.view.changed();
-  }
-
-  starts() {
-    const params = this.form.read();
-    const { each } = this.form;
-    return [params[each]].flat().map((one) => ({ kind: this.kind.value, params: each ? { ...params, [each]: one } : params }));
-  }
-}
-
 const OPTIONS = { properties: {
-  name: { type: "string", maxLength: 200, title: words.process.name, description: words.process.nameHint },
-  priority: { type: "integer", minimum: 0, maximum: 9, default: 5, description: words.process.priority },
+  name: { type: "string", maxLength: 200, title: say.name, description: say.nameHint },
+  priority: { type: "integer", minimum: 0, maximum: 9, default: 5, description: say.priority },
   not_before: { type: "string", format: "date-time" },
 } };
 
@@ -243,11 +212,11 @@ export class ProcessView {
     this.count = el("p", { class: "hint" });
     this.options = form(OPTIONS, "o");
     const [name, ...more] = this.options.fields;
-    this.form = sender(() => this.start(), [this.chain, button(words.process.chain, () => this.add(), { class: "quiet" }),
+    this.form = sender(() => this.start(), [this.chain, button(say.chain, () => this.add(), { class: "quiet" }),
       name, el("details", {}, el("summary", {}, words.act.more), el("div", { class: "pairs" }, more))], this.count);
     this.card = el("div", { class: "card", hidden: true, oninput: () => this.changed() }, this.form);
     this.problems = el("details", { class: "hint", hidden: true });
-    this.node = el("div", { class: "narrow" }, el("h1", {}, words.process.title), this.card, this.problems, stored);
+    this.node = el("div", { class: "narrow" }, el("h1", {}, say.title), this.card, this.problems, stored);
   }
 
   async show(params) {
@@ -258,7 +227,7 @@ export class ProcessView {
       const chosen = new Map(await Promise.all(ids.map(named)));
       this.kinds = items.filter((kind) => kind.startable);
       if (!this.steps.length || params.size) this.reset(params.get("kind") ?? (ids.length ? "" : "count"), chosen);
-      this.problems.replaceChildren(el("summary", {}, words.process.problems(problems.length)),
+      this.problems.replaceChildren(el("summary", {}, say.problems(problems.length)),
         el("ul", {}, problems.map(({ file, detail }) => el("li", {}, `${file}: ${detail}`))));
       this.problems.hidden = !problems.length;
     } catch (error) {
@@ -273,16 +242,39 @@ export class ProcessView {
     this.add(kind, chosen);
   }
 
-  add(kind, chosen = new Map([[RESULT, words.process.result]])) {
-    const step = new Step(this, this.steps.length, kind, chosen);
+  // Append a process to the chain. chosen: the files that it begins with.
+  add(kind, chosen = new Map([[RESULT, say.result]])) {
+    const n = this.steps.length;
+    const step = { id: `p${n}`, chosen, starts: () => {
+      const params = step.form.read();
+      const { each } = step.form;
+      return [params[each]].flat().map((one) => ({ kind: select.value, params: each ? { ...params, [each]: one } : params }));
+    } };
+    const build = () => {
+      const found = this.kinds.find((one) => one.kind === select.value);
+      step.form = form(found.params, step.id, { chosen });
+      body.replaceChildren(...step.form.fields);
+      setText(about, [found.kind, resolve(found.params, found.params).description?.split("\n")[0], found.pause && say.pause(found.pause)].filter(Boolean).join(" · "));
+      this.changed();
+    };
+    const fit = ({ params }) => n || !chosen.size || Object.entries(resolve(params, params).properties).some(([name, one]) => isFile(name, one));
+    const groups = Object.groupBy(this.kinds.filter(fit), (one) => say.groups[one.kind.split(".")[0]] ?? say.others);
+    const select = step.select = el("select", { id: `kind${n}`, onchange: build }, Object.entries(groups).map(([label, all]) =>
+      el("optgroup", { label }, all.map((one) => el("option", { value: one.kind, selected: one.kind === kind }, one.title)))));
+    const about = el("p", { class: "hint" });
+    const body = el("div", { class: "pairs" });
+    step.node = el("div", { class: "fields", oninput: () => { step.key = null; } },
+      el("div", { class: "field" }, el("label", { for: `kind${n}` }, n ? say.then : say.kind), select, about),
+      body, n ? button(say.without, () => this.cut(n), { class: "quiet" }) : null);
+    this.steps.push(step);
+    build();
     this.chain.append(step.node);
-    if (this.steps.push(step) > 1) step.kind.focus();
-    this.changed();
+    if (n) select.focus();
   }
 
-  cut(step) {
-    for (const one of this.steps.splice(this.steps.indexOf(step))) one.node.remove();
-    this.steps.at(-1).kind.focus();
+  cut(n) {
+    for (const { node } of this.steps.splice(n)) node.remove();
+    this.steps[n - 1].select.focus();
     this.changed();
   }
 
@@ -292,9 +284,9 @@ export class ProcessView {
     if (!first) return;
     let [n, each] = [0, 1];
     for (const step of this.steps) n += each *= (step.form.each && step.chosen.size) || 1;
-    setText(this.count, n > 1 ? words.process.jobs(n) : "");
+    setText(this.count, n > 1 ? say.jobs(n) : "");
     const files = [...first.chosen.keys()].map((id) => ["files", id]);
-    history.replaceState(null, "", `#processes?${new URLSearchParams([["kind", first.kind.value], ...files])}`);
+    history.replaceState(null, "", `#processes?${new URLSearchParams([["kind", first.select.value], ...files])}`);
   }
 
   async start() {
@@ -307,13 +299,13 @@ export class ProcessView {
       try {
         before = await begin(starts, step);
       } catch (error) {
-        if (i) error.message = words.process.partly(error.message);
+        if (i) error.message = say.partly(error.message);
         throw error;
       }
     }
-    notice(words.process.begun(before.length));
+    notice(say.begun(before.length));
     this.form.reset();
-    this.reset(this.steps[0].kind.value);
+    this.reset(this.steps[0].select.value);
     this.app.go("jobs");
   }
 }

@@ -200,7 +200,6 @@ export const words = {
     optional: "optional",
     none: "as usual",
     values: { "\t": "tab", ",": "comma", ";": "semicolon", "|": "bar" },
-    preset: (text) => `usually ${text}`,
     add: "Add",
     drop: "Leave out",
     several: "Enter adds another one",
