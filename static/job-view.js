@@ -3,7 +3,6 @@
 // Strategy: the row is the list's. What rows lack is read each second while the job lives, the history when
 // its version has risen. Log lines are written once a frame, and wait while older ones are looked at.
 
-import { detailsOf } from "./actions.js";
 import { announce, button, copy, el, morph, part, setText } from "./dom.js";
 import { Row, who } from "./row.js";
 import { isFinal, isTransfer } from "./store.js";
@@ -14,7 +13,7 @@ const FIRST = 50;
 const NEWEST = 200;
 const LINES = 1000;
 const BATCH = 100; // lines in a frame
-const FACTS = ("kind created_at started_at ended_at took attempt priority owner id client not_before after retry_of expires_at deadline_at error safe"
+const FACTS = ("kind created_at started_at ended_at took attempt priority owner id client not_before after retry_of expires_at deadline_at error data"
   + " protocol connected received_bytes stored_bytes durable_bytes limit_bytes_per_s").split(" ");
 const ALWAYS = 9; // of them have a place before they are known
 
@@ -100,7 +99,7 @@ export class JobView {
       el("div", { class: "cols" },
         el("div", {}, part(say.details, this.facts), part(say.params, el("dl", {}, pairs(this.job.params))), part(say.outcome, this.files, this.data)),
         part(say.history, this.list)),
-      el("details", { ontoggle: async () => { raw.textContent = JSON.stringify(await detailsOf(this.job), null, 2); } },
+      el("details", { ontoggle: async () => { raw.textContent = JSON.stringify(await get(this.id), null, 2); } },
         el("summary", {}, say.raw), button(words.copy, () => copy(raw.textContent)), raw),
       part(say.log, this.older, this.log, this.toggle));
   }
@@ -155,7 +154,7 @@ export class JobView {
     this.say("");
     const { error, transfer, result, artifacts, started_at: start } = job;
     const took = start && format.duration(format.between(start, job.ended_at ?? Date.now()));
-    const facts = { ...job, ...transfer, took, error: error?.code, safe: error && say.safe[isTransfer(job)] };
+    const facts = { ...job, ...transfer, took, error: error?.code, data: error && say.safe[isTransfer(job)] };
     morph(this.facts, ...pairs(facts, FACTS.filter((name, i) => i < ALWAYS || name in (transfer ?? {}) || !none(facts[name]))));
     const data = { ...result?.data };
     const files = [...[data.files].flat().filter((file) => file?.id), ...artifacts.map((made) => ({ ...made, id: made.file }))];

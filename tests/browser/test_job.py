@@ -134,6 +134,8 @@ def test_what_was_made_can_be_checked(
     job = server.jobs()[0]["id"]
     shown = look_at(page, server, job)
     expect(shown).to_contain_text(digest(data))
+    page.set_viewport_size({"width": 360, "height": 740})
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
     expect(fact(shown, "durable")).to_have_text(re.compile("300.kB"))
     shown.get_by_role("button", name="Copy sha-256 photo.raw").click()
     expect(page.get_by_text("Copied.").first).to_be_visible()
@@ -175,7 +177,7 @@ def test_raw_json_is_what_the_server_says(server: Server, page: Page) -> None:
     server.wait_for(failed, "failed")
     shown = look_at(page, server, failed)
     expect(fact(shown, "error")).to_have_text("file-unknown")
-    expect(fact(shown, "safe")).to_have_text("Stored files are as they were.")
+    expect(fact(shown, "data")).to_have_text("Stored files are as they were.")
     expect(shown).to_contain_text("Upload the file, then retry.")
     again = server.post(f"/v1/jobs/{failed}/retry").json["id"]
     shown = look_at(page, server, again)
