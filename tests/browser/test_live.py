@@ -267,7 +267,7 @@ def test_a_command_outlives_its_connection(server: Server, page: Page) -> None:
     page.evaluate("window.cut = true")
     page.get_by_role("button", name="Pause counting").click()
     expect(row(page, "counting")).to_contain_text("Paused")
-    page.wait_for_function("window.said.filter((message) => message.t === 'cmd').length === 2")
+    page.wait_for_function("() => window.said.filter((message) => message.t === 'cmd').length === 2")
     first, again = (m for m in page.evaluate("window.said") if m["t"] == "cmd")
     assert first["key"] == again["key"]
     expect(row(page, "counting")).not_to_contain_text("did not work")
