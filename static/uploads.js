@@ -38,7 +38,7 @@ export class Uploads {
     this.meter = el("progress", { "aria-label": say.label });
     this.hold = button("", () => (this.held ? this.resumeAll() : this.pauseAll()));
     this.stop = button("", async () => {
-      if (!this.busy) this.node.hidden = true;
+      if (!this.busy.length) this.node.hidden = true;
       else if (await ask(say.sure, [], [{ value: "", label: say.keep }, { value: "yes", label: say.cancelAll, kind: "danger" }])) this.cancelAll();
     });
     this.sub = el("summary");
@@ -51,7 +51,7 @@ export class Uploads {
       else if (event && event.from !== event.to) this.of(event.row)?.wake?.();
     });
     addEventListener("online", wake);
-    addEventListener("beforeunload", (event) => { if (this.busy) event.preventDefault(); });
+    addEventListener("beforeunload", (event) => { if (this.busy.length) event.preventDefault(); });
     // Else the server would hold a paused request for an hour, and take it for a sender.
     addEventListener("pagehide", () => { for (const { id } of this.those("sending")) if (id) fetch(`/tus/${id}`, { method: "HEAD", keepalive: true }); });
   }
@@ -61,12 +61,12 @@ export class Uploads {
   }
 
   get busy() {
-    return this.those("waiting", "sending").length;
+    return this.those("waiting", "sending");
   }
 
   // The upload of this tab that a job belongs to.
   of(row) {
-    return this.items.find((item) => item.label === row.client && item.state !== "done");
+    return this.busy.find((item) => item.label === row.client);
   }
 
   // Whether the same file, chosen here, can go on with it.
@@ -76,15 +76,17 @@ export class Uploads {
 
   // label: of the upload that the files are for.
   add(files, label) {
-    if (!this.busy) {
+    if (!this.busy.length) {
       Object.assign(this, { items: this.those("failed"), from: performance.now(), seenAt: performance.now(), sum: 0, rate: 0, beats: 0 });
       this.node.hidden = false;
     }
-    const known = new Set(this.those("waiting", "sending", "failed").map((item) => item.key));
+    const known = new Set(this.busy.map((item) => item.key));
+    const failed = this.those("failed");
     const twice = [];
     for (const file of files) {
       const path = file.path ?? (file.webkitRelativePath || file.name);
       const key = `${path}|${file.size}|${file.lastModified}`;
+      for (const item of failed) if (item.path === path) item.state = "gone";
       if (known.size === known.add(key).size) twice.push(file.name);
       else this.items.push({ file, path, key, label, at: null, state: "waiting" });
     }
@@ -115,7 +117,7 @@ export class Uploads {
     item.why = why;
     if (why && this.those("failed").length === 1) notice(`${item.file.name}: ${why}`, true);
     this.next();
-    if (!this.busy) announce(this.text.textContent);
+    if (!this.busy.length) announce(this.text.textContent);
   }
 
   // One file, until it is stored or nothing more can be done; resolves with why.
@@ -130,7 +132,9 @@ export class Uploads {
         return say.unreadable;
       }
       const { at } = item;
-      const { status, response, got } = await this.step(item);
+      const xhr = await this.step(item);
+      const { status, response } = xhr;
+      const got = (name) => status && Number(xhr.getResponseHeader(name));
       item.at = null;
       if (status < 0 || response?.code === "upload-taken-over") return say.elsewhere(file.name);
       if (status >= 200 && status < 300) {
@@ -150,9 +154,9 @@ export class Uploads {
       stuckAt = at ?? stuckAt;
       if (limited) continue;
       if (!gone && status && (status < 500 || status === 507) && ![408, 409, 423, 425, 429].includes(status)) {
-        return `${response?.detail ?? status} ${response?.next ?? ""}`;
+        return `${response?.detail ?? status} ${words.next[response?.code] ?? response?.next ?? ""}`;
       }
-      const wait = (status && row?.state !== "running" && got("Retry-After") * 1000) || Math.random() * Math.min(15000, 500 * 2 ** tries);
+      const wait = (row?.state !== "running" && got("Retry-After") * 1000) || Math.random() * Math.min(15000, 500 * 2 ** tries);
       await new Promise((resolve) => setTimeout(item.wake = resolve, wait));
       item.wake = null;
       tries += 1;
@@ -189,9 +193,9 @@ export class Uploads {
     if (item.id) return this.request(item, "HEAD");
     const body = !item.sent && file.size <= Math.min(8 * MIB, this.block) ? file : null;
     item.sent = true;
-    const about = { filename: file.name, filetype: file.type, relativePath: item.path };
+    const about = Object.entries({ filename: file.name, filetype: file.type, relativePath: item.path });
     return this.request(item, "POST", { "X-Client-Id": item.label, "Upload-Length": file.size,
-      "Upload-Metadata": Object.keys(about).filter((key) => about[key]).map((key) => `${key} ${base64(about[key])}`).join() }, body);
+      "Upload-Metadata": about.map(([key, value]) => `${key} ${base64(value)}`).join() }, body);
   }
 
   // By XMLHttpRequest, because fetch tells no progress of what it sends.
@@ -209,10 +213,8 @@ export class Uploads {
         if (loaded >= MIB) item.leftAt ||= item.movedAt;
       };
       xhr.onloadend = () => {
-        const { status, response } = xhr;
-        const got = (name) => Number(xhr.getResponseHeader(name));
-        if (status === 201) item.id = xhr.getResponseHeader("Location").split("/").pop();
-        resolve({ status, response, got });
+        if (xhr.status === 201) item.id = xhr.getResponseHeader("Location").split("/").pop();
+        resolve(xhr);
       };
       xhr.send(body);
     });
@@ -268,7 +270,7 @@ export class Uploads {
 
   // What is shown of all that, and a second's beat while it changes.
   show() {
-    const { busy, held } = this;
+    const { busy: { length: busy }, held } = this;
     const [waiting, sending, failed, done] = ["waiting", "sending", "failed", "done"].map((state) => this.those(state));
     clearTimeout(this.timer);
     if (busy) this.timer = setTimeout(() => this.watch(), 1000);

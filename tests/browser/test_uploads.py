@@ -391,26 +391,31 @@ def test_all_of_a_tab_are_paused_resumed_and_cancelled(
     before = [stored_bytes(server, job) for job in jobs]
     choose(page, paths[0])
     page.get_by_text("part 0.bin is on the way already").first.wait_for()
-    paths[3].unlink()
+    for path in (paths[3], paths[5]):
+        path.unlink()
     beats(page, 2)
     assert [stored_bytes(server, job) for job in jobs] == before
-    slow_down(context, page, 20 * MB)
+    slow_down(context, page, 40 * MB)
     sending(page).get_by_role("button", name="Resume all").click()
-    for path in paths[:2]:
+    for path in (*paths[:3], paths[4]):
         expect(row(page, path.name)).to_contain_text("Done")
-    expect(sending(page)).to_contain_text("part 3.bin is not uploaded")
+    expect(sending(page)).to_contain_text("2 files are not uploaded")
+    # The file is there again, as another one: that is what it is chosen for.
     slow_down(context, page, MB)
-    row(page, paths[4].name).wait_for()
+    paths[3].write_bytes(os.urandom(9 * MB))
+    choose(page, paths[3])
+    expect(sending(page)).to_contain_text("part 5.bin is not uploaded")
+    row(page, paths[3].name).wait_for()
     sending(page).get_by_role("button", name="Cancel all").click()
     page.get_by_role("dialog").get_by_role("button", name="Cancel all").click()
-    expect(sending(page)).to_contain_text("Uploaded")
-    eventually(
-        lambda: {job["state"] for job in server.jobs()} == {"succeeded", "cancelled"}, "all ended"
-    )
-    sending(page).get_by_text("part 3.bin is not uploaded").click()
+    expect(row(page, paths[3].name)).to_contain_text("Cancelled by you")
+    expect(sending(page)).to_contain_text("Uploaded 0 files")
+    states = [job["state"] for job in server.jobs()]
+    assert states == ["cancelled", *["succeeded"] * 4]
+    sending(page).get_by_text("part 5.bin is not uploaded").click()
     expect(sending(page)).to_contain_text("It has changed or can no longer be read")
-    page.get_by_role("button", name="Give up part 3.bin").click()
-    expect(sending(page)).not_to_contain_text("part 3.bin")
+    page.get_by_role("button", name="Give up part 5.bin").click()
+    expect(sending(page)).not_to_contain_text("part 5.bin")
 
 
 def test_a_pause_outlives_its_request(
