@@ -17,7 +17,8 @@ export const soon = (run, timer) => () => {
   timer = setTimeout(run, 250);
 };
 
-export const kinds = () => json("/v1/kinds");
+let known;
+export const kinds = async () => (known ??= await json("/v1/kinds"));
 
 // Of several that are possible: fields, else a text.
 export const resolve = (schema, root) => {
