@@ -173,11 +173,11 @@ export class JobView {
     this.write();
   }
 
-  entry({ version, from, to, cause, at, actor, via }, last) {
+  entry({ job, version, from, to, cause, at, actor, via }, last) {
     const what = cause !== "command" || from === to ? cause : /paus/.test(to) ? "pause" : /canc/.test(to) ? "cancel" : "resume";
     const by = via === "system" ? "" : who({ actor, via }, this.app.me);
     const states = [...new Set([from, to])].filter(Boolean).map((state) => words.state[state] ?? state);
-    return el("li", {}, last && last.version < version - 1 ? el("p", {}, say.more(version - last.version - 1)) : "",
+    return el("li", {}, last && last.version < version - 1 ? el("a", { href: `/v1/jobs/${job}/events?after=${last.version}&limit=500` }, say.more(version - last.version - 1)) : "",
       time(at), " ", el("b", {}, states.join(" → ")), " ", say.causes[what] ?? what, " ",
       [by, by === words.by.you && via === "ws" ? say.here : say.doors[via]].filter(Boolean).join(", "), " ",
       el("small", {}, last ? `+${format.duration(format.between(last.at, at))}` : ""));

@@ -117,6 +117,8 @@ def test_long_history_shows_both_ends(server: Server, page: Page) -> None:
     expect(steps).to_have_count(250)
     expect(steps.nth(50)).to_contain_text("… 12 more")
     expect(steps.last).to_contain_text("renamed over the API")
+    between = server.get(str(steps.nth(50).get_by_role("link").get_attribute("href"))).json
+    assert [event["version"] for event in between["items"][:12]] == list(range(51, 63))
     server.post(f"/v1/jobs/{job}/cancel")
     expect(steps.nth(50)).to_contain_text(re.compile("… 1[34] more"))
     expect(steps.last).to_contain_text("Cancelled")
@@ -259,6 +261,24 @@ def test_log_is_followed(talker: Server, page: Page, tmp_path: Path) -> None:
     shown.get_by_role("button", name="Follow").click()
     expect(lines.last).to_have_text(f"line {newest + more}", timeout=60_000)
     expect(fact(shown, "ended")).not_to_have_text("–")
+
+
+def test_log_goes_on_after_a_crash(
+    talker: Server, page: Page, tmp_path: Path, allowed: list[str]
+) -> None:
+    """After kill -9 the log goes on behind the last line: none is missing, none is there twice."""
+    allowed += DOWN
+    job = start(talker, "talk", "talking", first=200, more=100, folder=str(tmp_path))
+    shown = look_at(page, talker, job)
+    lines = shown.get_by_role("log").locator("div")
+    expect(lines.last).to_have_text("line 200")
+    talker.kill()
+    expect(page.locator(".banner")).to_be_visible()
+    (tmp_path / "1").touch()
+    talker.start()
+    expect(lines.last).to_have_text("line 300")
+    numbers = lines.evaluate_all("(lines) => lines.map((line) => Number(line.dataset.n))")
+    assert numbers == list(range(1, 501))
 
 
 def is_at_end(box: Locator) -> bool:
