@@ -1,8 +1,8 @@
 // Files on their way from this tab to the server, over tus.
 //
-// Strategy. Whatever happens, the next step is to ask how much is stored and to go on from there. Pause and cancel
-// are the job's: the server holds or ends the request. The label of an upload, <me>.<size-hash>.<random>, finds it
-// again: after a lost answer or a reload, and in another browser. What is being sent elsewhere is left alone.
+// Strategy. Whatever happens: ask how much is stored, and go on from there. Pause and cancel are the job's: the
+// server holds or ends the request. The label of an upload, <me>.<size-hash>.<random>, finds it again: after a lost
+// answer or a reload, and in another browser. What is sent elsewhere is left alone.
 
 import { announce, ask, button, el, notice, setText } from "./dom.js";
 import { isFinal } from "./store.js";
@@ -11,7 +11,7 @@ import { format, words } from "./words.js";
 const MIB = 1 << 20;
 const SAMPLE = 16 << 10;
 const AT_ONCE = 3;
-const SHOWN = 5;
+const SHOWN = 50;
 const MOST_FILES = 20000;
 const COLLECTED_MS = 3000;
 const STUCK_MS = 30000;
@@ -71,7 +71,7 @@ export class Uploads {
 
   // Whether the same file, chosen here, can go on with it.
   isMine(row) {
-    return Boolean(printOf(row));
+    return printOf(row);
   }
 
   // label: of the upload that the files are for.
@@ -110,7 +110,7 @@ export class Uploads {
     this.show();
   }
 
-  // why: undefined if it is stored, null if its row says what has happened, else what to say here.
+  // why: undefined if it is stored, null if its row says why not, else what to say.
   end(item, why) {
     if (item.state !== "sending") return;
     item.state = why ? "failed" : why === null ? "gone" : "done";
@@ -120,7 +120,6 @@ export class Uploads {
     if (!this.busy.length) announce(this.text.textContent);
   }
 
-  // One file, until it is stored or nothing more can be done; resolves with why.
   async run(item) {
     const { file } = item;
     let stuckAt = null;
@@ -164,7 +163,6 @@ export class Uploads {
     return null;
   }
 
-  // Whether all that the server has is here just now.
   get knows() {
     return this.app.channel.state === "live" && this.app.store.ready && !this.app.store.wanted;
   }
@@ -173,7 +171,7 @@ export class Uploads {
     return this.app.store.sorted.find((row) => row.client === item.label);
   }
 
-  // The next request of a file; its outcome, with a status below 0 if someone else is sending it.
+  // The next request of a file; a status below 0 if someone else is sending it.
   async step(item) {
     const { file } = item;
     if (item.at !== null) return this.request(item, "PATCH", { "Upload-Offset": item.at }, file.slice(item.at, item.at + this.block));
@@ -240,8 +238,6 @@ export class Uploads {
     this.seenAt = now;
   }
 
-  // For all of this tab
-
   async command(op) {
     this.held = op !== "resume";
     const ids = this.those("sending").map((item) => this.rowOf(item)?.id).filter(Boolean);
@@ -268,7 +264,6 @@ export class Uploads {
     this.next();
   }
 
-  // What is shown of all that, and a second's beat while it changes.
   show() {
     const { busy: { length: busy }, held } = this;
     const [waiting, sending, failed, done] = ["waiting", "sending", "failed", "done"].map((state) => this.those(state));
@@ -294,31 +289,29 @@ export class Uploads {
     };
     this.bad.replaceChildren(...failed.slice(0, SHOWN).map((item) => el("li", {}, `${item.file.name}: ${item.why} `,
       [[say.again, "waiting"], [say.drop, "gone"]].map(([label, state]) =>
-        button(label, change(item, state), { class: "quiet", "aria-label": words.of(label, item.file.name) })))),
-    failed.length > SHOWN ? say.more(failed.length - SHOWN) : "");
+        button(label, change(item, state), { class: "quiet", "aria-label": words.of(label, item.file.name) })))));
   }
 }
 
 // The files of a drop, those of folders with their paths, in order. What can't be read is said once.
 export async function dropped({ items }) {
   const wait = (object, method) => new Promise((done, fail) => object[method](done, fail));
-  const entries = [...items].filter((item) => item.kind === "file").map((item) => item.webkitGetAsEntry() ?? item.getAsFile());
   const files = [];
   const unread = [];
-  while (entries.length && files.length < MOST_FILES) {
-    const entry = entries.shift();
+  const walk = async (entry) => {
     try {
-      if (entry.isDirectory) {
-        const reader = entry.createReader();
-        const inside = [];
-        for (let some = [0]; some.length; inside.push(...some)) some = await wait(reader, "readEntries");
-        entries.unshift(...inside);
-      } else files.push(entry.isFile ? Object.assign(await wait(entry, "file"), { path: entry.fullPath.slice(1) }) : entry);
+      if (!entry.isDirectory) files.push(entry.isFile ? Object.assign(await wait(entry, "file"), { path: entry.fullPath.slice(1) }) : entry);
+      else for (let some = [0], reader = entry.createReader(); some.length && files.length < MOST_FILES;) {
+        some = await wait(reader, "readEntries");
+        for (const inside of some) await walk(inside);
+      }
     } catch {
       unread.push(entry.name);
     }
-  }
-  if (entries.length) notice(say.many(format.count(MOST_FILES)), true);
+  };
+  // All of them now: the browser forgets the drop.
+  for (const entry of [...items].filter((item) => item.kind === "file").map((item) => item.webkitGetAsEntry() ?? item.getAsFile())) await walk(entry);
+  if (files.length >= MOST_FILES) notice(say.many(format.count(files.length)), true);
   if (unread.length) notice(say.unread(...unread), true);
   return files;
 }

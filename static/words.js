@@ -159,7 +159,6 @@ export const words = {
     held: "Paused. What is stored is safe.",
     lost: "The connection was lost; what is stored is safe. Trying again.",
     failed: (n, name) => (n > 1 ? `${n} files are not uploaded` : `${name} is not uploaded`),
-    more: (n) => `and ${n} more`,
     again: "Try again",
     drop: "Give up",
     twice: (name, ...more) => `${name}${more.length ? ` and ${more.length} more are` : " is"} on the way already.`,
