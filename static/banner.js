@@ -1,16 +1,14 @@
-// How it stands with the connection: a word in the header, and a banner over the page.
-//
-// Strategy: status() is called twice a second and at each change. Who is back within a second is not told. What
-// ends while the connection is lost or the page hidden is counted by the store, and told once all of it is here.
+// How it stands with the connection: a word in the header, and a banner over the page. Who is back within a
+// second is not told. What ends while it is lost or the page hidden is told once all of it is here.
 
 import { announce, button, el, icon, setAttr, setText } from "./dom.js";
 import { format, words } from "./words.js";
 
 const LOST_MS = 1000;
 const SILENT_MS = 2000;
-const FEW = 20; // events behind that are not worth a word
+const FEW = 20;
 const AWAY_MS = 30000;
-const CROWDED = 4429; // the close code for too many connections
+const CROWDED = 4429;
 
 export class Banner {
   constructor(app) {
@@ -22,8 +20,8 @@ export class Banner {
     this.button = button("", () => this.press());
     this.close = button(icon("cross"), () => this.show(null), { class: "quiet", "aria-label": words.dismiss });
     this.node = el("aside", { class: "banner", "aria-label": words.bannerLabel, hidden: true }, icon("clock"), this.said, this.next, this.button, this.close);
-    this.shown = null; // lost, ended, away, or nothing
-    this.left = false; // it was lost for long enough to be told, or the page was hidden
+    this.shown = null;
+    this.left = false;
   }
 
   status() {
@@ -52,7 +50,6 @@ export class Banner {
     this.show(ended ? "ended" : "lost", ended ? words.banner.reload : words.banner.now);
   }
 
-  // Everything is here again that was missed.
   back() {
     const { store } = this.app;
     const { succeeded = 0, failed = 0, cancelled = 0 } = store.away;

@@ -1,8 +1,6 @@
-// What one tab asks of the live channel, and how it misses nothing.
-//
-// Strategy: an ev or mark is applied only if its p is the cursor; else something was lost, and the page
-// subscribes again from its cursor, taking neither until the ack. Pages are asked for one at a time, so half a
-// snapshot is a fine place to resume. After each new connection all is said again, commands under their keys.
+// What one tab asks of the live channel, and how it misses nothing: an ev or mark is applied only if its
+// p is the cursor; else the page subscribes again from there, taking neither until the ack. Pages are asked for
+// one at a time, so half a snapshot is a fine place to resume. Each new connection hears all of it again.
 
 import { serve } from "./socket.js";
 import { words } from "./words.js";
@@ -10,7 +8,7 @@ import { words } from "./words.js";
 const LIST = 1;
 const AGAIN_MS = 1000;
 const ACK_MS = 20000;
-const GONE_MS = 5000; // a worker that says nothing has crashed with the tab that began it
+const GONE_MS = 5000; // then the worker has crashed
 
 const random = () => crypto.getRandomValues(new Uint32Array(4)).join("-");
 
@@ -22,19 +20,18 @@ export class CommandError extends Error {
 }
 
 export class Channel {
-  state = "connecting"; // connecting, live, lost, ended
+  state = "connecting";
   lostAt = null;
-  heardAt = performance.now(); // of the last frame
+  heardAt = performance.now();
   rtt = null;
   epoch = null;
   s = null;
   goal = 0; // the newest event when the connection was made
-  asked = false; // a subscription is not answered yet
+  asked = false;
   last = LIST;
   logs = new Map();
   commands = new Map();
 
-  // handlers: frame(frame, first) of the store; status() whenever the state has changed
   constructor(handlers) {
     this.handlers = handlers;
     for (const name of ["online", "offline"]) addEventListener(name, () => this.post({ t: "net", online: name === "online" }));
@@ -59,7 +56,7 @@ export class Channel {
     if (this.port) this.post({ t: "leave" });
     try {
       const worker = new SharedWorker(new URL("./socket.js", import.meta.url), { type: "module", name: "1" });
-      worker.onerror = inPage; // it knows no modules
+      worker.onerror = inPage;
       this.join(worker.port, true);
       const name = random();
       navigator.locks?.request(name, () => {
@@ -89,7 +86,6 @@ export class Channel {
     for (const frame of frames) this.hear(frame);
   }
 
-  // This page is live once its list is.
   line({ state, conn, s, lostAt, ...rest }) {
     Object.assign(this, rest);
     if (state !== "live") {
@@ -116,8 +112,8 @@ export class Channel {
   }
 
   hear(frame) {
-    const id = frame.id - this.base; // of a subscription
-    const n = Number(String(frame.id).split("c")[1]); // of a command
+    const id = frame.id - this.base; // a subscription's
+    const n = Number(String(frame.id).split("c")[1]); // a command's
     switch (frame.t) {
       case "snap": return this.snap(frame);
       case "reset": return this.reset();
@@ -125,7 +121,6 @@ export class Channel {
       case "mark": return this.asked || this.apply(frame);
       case "log": return this.log(id, frame);
       case "ack": return id === LIST ? this.answered(frame) : this.settle(n, "resolve", frame);
-      // That of a log is known by its silence: its job is gone.
       case "err": return id === LIST ? setTimeout(() => this.subscribe(), AGAIN_MS) : this.settle(n, "reject", new CommandError(frame));
       case "hb": return this.asked || this.s === null || frame.s <= this.s || this.subscribe();
       default: return this.handlers.frame(frame);
@@ -153,7 +148,6 @@ export class Channel {
     this.page(page, first);
   }
 
-  // While a subscription is not answered no page is asked for: a snapshot might replace its list.
   page(frame, first) {
     const was = this.state;
     this.state = "live";

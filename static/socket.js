@@ -1,13 +1,11 @@
 // The one connection of all tabs: a WebSocket in a SharedWorker, or in the page where there is none.
-//
-// Strategy: what every subscriber does alike is here; cursors are the tabs' own. A tab numbers what it asks
-// for from its base on, so an answer names its tab; what has no id is for all.
+// A tab numbers what it asks for from its base on, so an answer names its tab; what has no id is for all.
 
 const STEP_MS = 500;
 const MOST_MS = 30000;
-const SILENT_MS = 35000; // two heartbeats and a bit
+const SILENT_MS = 35000;
 const PROBE_S = 10;
-const TABS = 16; // on one connection of 32 subscriptions: a list and a log each
+const TABS = 16; // a list and a log each, of 32 subscriptions
 const BASE = 100000;
 const lines = new Set();
 
@@ -47,7 +45,6 @@ class Line {
     this.socket.onclose = ({ code }) => this.closed(code);
   }
 
-  // Let go of the socket, without another word from it.
   drop() {
     clearTimeout(this.timer);
     if (this.socket) this.socket.onopen = this.socket.onmessage = this.socket.onclose = null;
@@ -68,13 +65,12 @@ class Line {
       } else {
         this.tries = 0;
         if (frame.t === "hb") this.say({ t: "hb" });
-        for (const n of "id" in frame ? [Math.floor(parseInt(frame.id, 10) / BASE)] : this.tabs.keys()) parts.set(n, [...parts.get(n) ?? [], frame]);
+        for (const n of "id" in frame ? [parseInt(frame.id, 10) / BASE | 0] : this.tabs.keys()) parts.set(n, [...parts.get(n) ?? [], frame]);
       }
     }
     for (const [n, part] of parts) this.tabs.get(n)?.port.postMessage({ frames: part });
   }
 
-  // 44xx is final, but for 4409: then another one goes by our name.
   closed(code) {
     this.drop();
     const ended = code >= 4400 && code < 4500 && code !== 4409;
@@ -85,7 +81,6 @@ class Line {
     this.tell({ state: ended ? "ended" : "lost", code, lostAt: this.status.lostAt ?? Date.now(), retryAt: Date.now() + wait });
   }
 
-  // Connect now rather than when the jitter says.
   retry() {
     if (this.status.state !== "lost") return;
     this.open();
@@ -95,7 +90,6 @@ class Line {
   async beat() {
     if (this.socket && Date.now() - this.heardAt > SILENT_MS) this.closed(1006);
     this.beats += 1;
-    // How long an answer takes; only asked of a server that is there, if somebody looks.
     if (this.beats % PROBE_S === 0 && this.status.state === "live" && this.vis === "visible") {
       const from = performance.now();
       const found = await fetch("/healthz", { cache: "no-store" }).catch(() => null);
@@ -122,7 +116,6 @@ class Line {
     this.look();
   }
 
-  // Who nobody looks at gets less progress; a line without a tab ends.
   look() {
     const vis = [...this.tabs.values()].some((tab) => tab.vis === "visible") ? "visible" : "hidden";
     if (vis !== this.vis) this.say({ t: "set", vis });
@@ -134,8 +127,7 @@ class Line {
   }
 }
 
-// A tab comes in by this port: it says join first, then frames as if the connection were its own. A tab whose
-// lock is free has crashed.
+// A tab says join, then frames as if the connection were its own. When its lock is free it has crashed.
 export function serve(port) {
   let line = null;
   let n = 0;

@@ -1,8 +1,6 @@
-// What this page knows of the jobs: rows by id and newest first, counts and numbers as the server tells them.
-//
-// Strategy: a row is replaced whole by one that is not older, from wherever it comes, so overlaps do no harm.
-// Progress counts for the version it names, and done only grows. Numbers (h) fall from page to page of a
-// snapshot, so each page tells which of the rows that are shown are gone. No count is made here.
+// What this page knows of the jobs: rows by id and newest first; counts and numbers are the server's.
+// A row is replaced by one that is not older, from wherever it comes. Progress counts for the version it names,
+// and done only grows. Numbers (h) fall from page to page, so each page tells which older rows are gone.
 
 import { words } from "./words.js";
 
@@ -32,12 +30,12 @@ export class Store {
   counts = {};
   now = null;
   ready = false;
-  complete = false; // all rows that the server has are here
-  cursor = null; // of the page behind the oldest one,
-  wanted = null; // if that is to come by itself
-  fresh = new Set(); // ids that this snapshot, or an event since, has named
-  gone = new Set(); // ids that were deleted, which an answer of REST may still name
-  away = null; // {state: n} of what ends while nobody looks, if somebody wants to know
+  complete = false;
+  cursor = null; // of the page behind the oldest one
+  wanted = null; // if it is to come by itself
+  fresh = new Set(); // ids named since the snapshot began
+  gone = new Set(); // ids of the deleted: REST may still name them
+  away = null; // {state: n} of what ends meanwhile
   listeners = new Set();
 
   // listen({rows: Set of ids | null for all, counts, now, event})
@@ -54,11 +52,10 @@ export class Store {
     return Object.values(this.counts).reduce((sum, n) => sum + n, 0);
   }
 
-  // Returns the cursor of the page that is wanted next. first: a snapshot begins with this page.
+  // Returns the cursor of the page that is wanted next.
   frame(frame, first) {
     switch (frame.t) {
       case "snap": this.snapshot(frame, first);
-      // falls through
       case "ack": // a page that was asked for before does not come
         this.tell({ rows: null, counts: true });
         return this.wanted;
@@ -114,7 +111,7 @@ export class Store {
     return low;
   }
 
-  // Take a row unless a newer one is here; whether it was taken. news: it comes with an event.
+  // Take a row unless a newer one is here. news: it comes with an event.
   enter(row, news = false) {
     const old = this.rows.get(row.id);
     if (this.gone.has(row.id)) return false;
@@ -131,12 +128,11 @@ export class Store {
     return true;
   }
 
-  // A row that came over REST.
   put({ params, ...row }) {
     if (this.enter(row)) this.tell({ rows: null });
   }
 
-  // Bring older rows that match, over REST, behind those that are here. The newest search wins.
+  // Bring older rows that match. The newest search wins.
   async search({ state = [], kind = [], q = "" }) {
     const mine = this.searching = {};
     let after = this.cursor;
@@ -164,7 +160,6 @@ export class Store {
     if (changed.size) this.tell({ rows: changed });
   }
 
-  // Once a second: how fast each job is, for its line; 0 if nothing has moved for a while.
   sample() {
     const since = performance.now() - STILL_MS;
     for (const { state, rates, progress, movedAt, toldAt } of this.sorted) {
@@ -184,7 +179,7 @@ export class Store {
       Object.assign(row, { transfer: told.transfer, waiting: told.waiting });
       this.tell({ rows: new Set([row.id]) });
     } catch {
-      row.rechecked = null; // asked again at the next beat
+      row.rechecked = null;
     }
   }
 }
