@@ -1,19 +1,14 @@
-// The view of stored files: the newest version of each name, and what can be done with those that are chosen.
-//
-// Strategy: the list is read anew from its top and compared with what is there, so that rows stay where they are;
-// what is new waits behind a button while somebody is in the list. The boxes are the selection. What is deleted
-// hides at once; the request goes when Undo is over.
+// The view of stored files: the newest version of each name, and what can be done with those that are chosen. The
+// list is compared with what is there, so that rows stay where they are. The boxes are the selection.
 
 import { button, copy, el, icon, later, notice, setText } from "./dom.js";
-import { begin, clear, form, kinds, refuse, resolve, sender, soon } from "./process-view.js";
+import { begin, clear, form, kinds, query, refuse, resolve, sender, soon } from "./process-view.js";
 import { json, reason } from "./store.js";
 import { format, words } from "./words.js";
 
 const say = words.files;
 const PAGE = 100;
-const HAS_ROWS = /\.(csv|tsv|jsonl|ndjson)$|(csv|jsonl|ndjson|sqlite3)$/i;
 const size = (files) => format.bytes(files.reduce((sum, { bytes }) => sum + bytes, 0));
-const query = (...pairs) => new URLSearchParams(pairs.filter(([, value]) => value));
 
 export class FilesView {
   constructor(app) {
@@ -31,10 +26,9 @@ export class FilesView {
     this.fresh = button("", () => this.load(true), { class: "fresh", hidden: true });
     this.acts = ["export", "archive", "process", "delete"].map((op) => button(say[op], () => this[op](this.chosen), { class: op === "delete" && "danger" }));
     this.bar = el("div", { class: "picks" }, el("label", { class: "kind" }, this.all), this.picked, el("div", { class: "many-acts" }, this.acts), this.fresh);
-    this.none = el("p", { class: "nothing", hidden: true }, say.none);
-    this.empty = el("div", { class: "empty", hidden: true }, icon("file"), el("p", {}, words.empty.files));
+    this.empty = el("p", { class: "empty", hidden: true });
     this.node = el("div", {}, el("div", { class: "view-head" }, el("h1", {}, words.views.files), el("div", { class: "finds" }, this.search),
-      button(words.drop.upload, () => app.choose(), { class: "primary" })), this.bar, this.list, this.more, this.none, this.empty);
+      button(words.drop.upload, () => app.choose(), { class: "primary" })), this.bar, this.list, this.more, this.empty);
     app.store.listen(({ event, rows }) => { if (!this.node.hidden && (event?.to === "succeeded" || rows === null)) this.load(); });
   }
 
@@ -43,11 +37,9 @@ export class FilesView {
     this.load(true);
   }
 
-  key({ key, ctrlKey, metaKey }) {
-    const run = { "/": () => this.search.focus(), Delete: () => this.delete(this.chosen), Escape: () => this.pickAll(false),
-      a: (ctrlKey || metaKey) && (() => this.pickAll(true)) }[key];
-    run?.();
-    return run;
+  key({ key }) {
+    if (key === "/") this.search.focus();
+    return key === "/";
   }
 
   async load(now) {
@@ -108,8 +100,6 @@ export class FilesView {
     return { file, node, box };
   }
 
-  // The selection
-
   get chosen() {
     return [...this.rows.values()].filter(({ box, node }) => box.checked && !node.hidden).map(({ file }) => file);
   }
@@ -131,15 +121,12 @@ export class FilesView {
   count() {
     const { chosen: { length: n }, rows, search, all } = this;
     this.bar.classList.toggle("on", n);
-    this.acts[0].hidden = !this.chosen.every(({ name, media_type: type }) => HAS_ROWS.test(name) || HAS_ROWS.test(type));
     all.checked = n;
-    all.indeterminate = n && n < rows.size;
     setText(this.picked, n ? say.picked(n, size(this.chosen)) : words.many.all);
     if (!n && this.bar.contains(document.activeElement)) all.focus();
-    const any = [...rows.values()].some(({ node }) => !node.hidden);
-    this.list.hidden = !any;
-    this.none.hidden = any || !search.value;
-    this.empty.hidden = any || search.value;
+    this.list.hidden = [...rows.values()].every(({ node }) => node.hidden);
+    this.empty.hidden = !this.list.hidden;
+    setText(this.empty, search.value ? say.none : words.empty.files);
   }
 
   // The focus of a row that goes is its neighbour's.
@@ -183,7 +170,7 @@ export class FilesView {
       el("p", {}, say.picked(files.length, size(files)))]);
   }
 
-  // With the rows that it would begin with; the first answer has all columns, from which some are chosen.
+  // The first answer has all columns, from which some are chosen.
   async export(files) {
     const preview = el("div", { class: "preview", tabindex: "0", role: "region", "aria-label": say.preview });
     let fields;

@@ -1,13 +1,9 @@
-// The view that starts processes, and the form that a kind's JSON Schema becomes, here and in dialogs.
-//
-// Strategy: each property becomes the plainest control; what is left empty is not sent, so the server's default holds.
-// The server decides, and its refusal lands at the field that it names. Several files for a kind that takes one make
-// a job each; a step of a chain waits for each job of the step before. A start has a key: pressing again after a lost
-// answer, or when a later step was refused, starts nothing twice.
+// The view that starts processes, and the form that a kind's JSON Schema becomes, here and in dialogs. What is left
+// empty is not sent; what is refused is said at its field.
 
 import { announce, button, el, icon, notice, setText } from "./dom.js";
 import { json, reason } from "./store.js";
-import { format, words } from "./words.js";
+import { words } from "./words.js";
 
 const say = words.process;
 const RESULT = "job:"; // and an id: what that job makes
@@ -30,47 +26,45 @@ export const resolve = (schema, root) => {
 
 const isFile = (name, { format: meant }) => meant === "file" || /^(file|source)s?$/.test(name);
 const title = (name) => name[0].toUpperCase() + name.slice(1).replace(/_(s|bytes)$/, " ($1)").replaceAll("_", " ");
+export const query = (...pairs) => new URLSearchParams(pairs.filter(([, value]) => value));
+const dots = (...parts) => parts.filter(Boolean).join(" · ");
 const SIMPLE = /integer|number|string/;
 const typed = (text, { type }) => (/integer|number/.test(type) ? Number(text) : text);
 const stored = el("datalist", { id: "stored" });
+const choice = (text, checked, change) => el("label", { class: "choice" },
+  el("input", { type: "checkbox", checked, oninput: ({ target }) => change(target.checked) }), el("span", {}, text));
 
-// Chosen files (a map of ids or names to names), and a field that searches what is stored.
+// chosen: a map of ids or names to names
 function files(props, many, chosen) {
-  const search = soon(async () => {
-    const { items } = await json(`/v1/files?newest=1&q=${encodeURIComponent(input.value)}`).catch(() => stored);
-    if (items) stored.replaceChildren(...items.map(({ name }) => el("option", { value: name })));
-  });
-  const add = () => {
-    const name = input.value.trim();
-    if (name) chosen.set(name, name);
-    input.value = "";
-    draw();
-  };
-  const input = el("input", { ...props, list: "stored", autocomplete: "off", onfocus: search, oninput: search,
-    onkeydown: (event) => {
-      if (event.key !== "Enter" || !input.value) return;
-      event.preventDefault();
-      add();
-    } });
   const chips = el("div", { class: "choices" });
-  const draw = () => {
-    chips.replaceChildren(...[...chosen].map(([value, name]) => button([name, icon("cross")], () => {
-      chosen.delete(value);
-      draw();
-    }, { class: "choice", "aria-label": words.of(say.drop, name) })));
-    input.required = props.required && !chosen.size;
+  const add = (value, name) => {
+    chosen.set(value, name);
+    chips.append(choice(name, true, (on) => (on ? chosen.set(value, name) : chosen.delete(value))));
+    input.required = false;
+  };
+  const take = () => {
+    const name = input.value.trim();
+    if (name) add(name, name);
+    input.value = "";
     input.focus();
     input.dispatchEvent(new Event("input", { bubbles: true }));
   };
-  draw();
-  return { node: el("div", {}, chips, el("div", { class: "with" }, input, button(say.add, add))), each: !many,
-    hint: many ? say.several : say.each, read() {
-      const all = [...chosen.keys(), input.value.trim()].filter(Boolean);
-      return many && all[0] || all[1] ? all : all[0];
-    } };
+  const search = soon(async () => {
+    const { items } = await json(`/v1/files?${query(["newest", 1], ["q", input.value])}`);
+    stored.replaceChildren(...items.map(({ name }) => el("option", { value: name })));
+  });
+  const input = el("input", { ...props, list: "stored", autocomplete: "off", onfocus: search, oninput: search, onkeydown: (event) => {
+    if (event.key !== "Enter" || !input.value) return;
+    event.preventDefault();
+    take();
+  } });
+  for (const [value, name] of [...chosen]) add(value, name);
+  return { node: el("div", {}, chips, el("div", { class: "with" }, input, button(say.add, take))), each: !many, hint: many ? say.several : say.each, read() {
+    const all = [...chosen.keys(), input.value.trim()].filter(Boolean);
+    return many && all[0] || all[1] ? all : all[0];
+  } };
 }
 
-// A control, what helps to fill it in, and how to read it: undefined for nothing.
 function control(props, schema, root, chosen) {
   const { id, name, required, ...described } = props;
   const { default: initial, type } = schema;
@@ -100,17 +94,16 @@ function control(props, schema, root, chosen) {
   if (schema.additionalProperties) {
     const values = resolve(schema.additionalProperties, root);
     return area(say.map(values.enum?.join(", ")), (lines) => Object.fromEntries(lines.map((line) => {
-      const [, key, value] = line.match(/(.*?)\s*=\s*(.*)/);
-      return [key, typed(value, values)];
+      const [key, ...value] = line.split(/\s*=\s*/);
+      return [key, typed(value.join("="), values)];
     })));
   }
   const items = schema.items && resolve(schema.items, root);
   if (items?.enum) { // in the order in which they are chosen
     let on = initial ?? [];
-    const node = el("div", { ...group, class: "choices" }, items.enum.map((value) => el("label", { class: "choice" },
-      el("input", { type: "checkbox", checked: on.includes(value), onchange: ({ target }) => {
-        on = on.filter((one) => one !== value).concat(target.checked ? value : []);
-      } }), el("span", {}, value))));
+    const node = el("div", { ...group, class: "choices" }, items.enum.map((value) => choice(value, on.includes(value), (is) => {
+      on = on.filter((one) => one !== value).concat(is ? value : []);
+    })));
     return { node, read: () => (String(on) === String(initial ?? []) ? undefined : on) };
   }
   if (SIMPLE.test(items?.type)) return area(say.many, (lines) => lines.map((line) => typed(line, items)));
@@ -119,31 +112,25 @@ function control(props, schema, root, chosen) {
   return plain("input", { type: type !== "string" ? "number" : time ? "datetime-local" : "text", min: schema.minimum, max: schema.maximum,
     step: type === "number" ? "any" : null, minlength: schema.minLength, maxlength: schema.maxLength, placeholder: shown, autocomplete: "off",
     pattern: schema.pattern && `.*(?:${schema.pattern}).*` }, // of JSON Schema it may match a part
-  (text) => (time ? new Date(text).toISOString() : typed(text, schema)), shown > 999 && name.endsWith("_s") && format.duration(shown));
+  (text) => (time ? new Date(text).toISOString() : typed(text, schema)));
 }
 
-// The fields of a schema, whose ids are made of this one and their path; each: the field whose files make a job each.
+// The fields of a schema; each: the one whose files make a job each.
 export function form(root, id, { schema = resolve(root, root), needed = true, chosen = new Map() } = {}) {
   const made = Object.entries(schema.properties ?? {}).map(([name, given]) => {
     const property = resolve(given, root);
     const required = needed && (schema.required ?? []).includes(name);
     const key = `${id}-${name}`;
     const one = control({ id: key, name, required, "aria-describedby": `${key}-hint ${key}-error` }, property, root, chosen);
-    const hints = [property.description, one.hint, required || "default" in property ? null : say.optional];
     return { ...one, name, field: el("div", { class: property.type === "boolean" ? "field check" : "field" },
       el("label", { for: key, id: `${key}-label` }, property.title ?? title(name)), one.node,
-      el("p", { class: "hint", id: `${key}-hint` }, hints.filter(Boolean).join(" · ")), el("p", { class: "error", id: `${key}-error` })) };
+      el("p", { class: "hint", id: `${key}-hint` }, dots(property.description, one.hint)), el("p", { class: "error", id: `${key}-error` })) };
   });
-  return { fields: made.map(({ field }) => field), each: made.find((one) => one.each)?.name, read: () => Object.fromEntries(made.map(({ name, read }) => {
-    try {
-      return [name, read()];
-    } catch (error) {
-      throw error.at ? error : Object.assign(new Error(say.bad), { at: id, field: `params.${name}` });
-    }
-  }).filter(([, value]) => value !== undefined)) };
+  return { fields: made.map(({ field }) => field), each: made.find((one) => one.each)?.name,
+    read: () => Object.fromEntries(made.map(({ name, read }) => [name, read()]).filter(([, value]) => value !== undefined)) };
 }
 
-// Say a refusal at the field that it names, or at the one around it; false if there is none.
+// At the field that is named, or at the one around it; false if there is none.
 export function refuse(message, id, field = "", focus = true) {
   for (const path = field.replace("params", "").match(/[a-z]\w*/gi) ?? []; path.length; path.pop()) {
     const key = [id, ...path].join("-");
@@ -162,11 +149,10 @@ export function clear(node) {
   for (const field of node.querySelectorAll("[aria-invalid]")) field.ariaInvalid = null;
 }
 
-// A form that runs once at a time, and says why it could not: at a field, else at its end.
 export function sender(run, parts, beside) {
   const error = el("p", { class: "error", id: "unsent" });
   const send = el("button", { class: "primary" }, say.start);
-  const node = el("form", { class: "form", onsubmit: async (event) => {
+  const node = el("form", { class: "card form", onsubmit: async (event) => {
     event.preventDefault();
     if (send.ariaDisabled) return;
     send.ariaDisabled = "true";
@@ -175,7 +161,7 @@ export function sender(run, parts, beside) {
       await run();
     } catch (why) {
       const message = why instanceof TypeError ? say.again : why.message;
-      if (!refuse(message, why.field?.startsWith("params") ? why.at : "o", why.field)) {
+      if (!refuse(message, why.field?.startsWith("params") ? why.at ?? "x" : "o", why.field)) {
         error.textContent = message;
         announce(message);
       }
@@ -185,18 +171,14 @@ export function sender(run, parts, beside) {
   return node;
 }
 
-// Start some; their ids. Some may be refused where others are not. step: {id of its fields, key of the start}
+// The step's key makes it safe to repeat: after a lost answer, or when a later step was refused.
 export async function begin(starts, step) {
   step.key ??= Math.random();
-  try {
-    const { items, n, failures } = await json("/v1/jobs", { method: "POST", headers: { "Idempotency-Key": `"${step.key}"` }, body: JSON.stringify(starts) });
-    const { error } = items.find((item) => item.error) ?? {};
-    if (!n) throw Object.assign(new Error(error.detail), error);
-    if (error) notice(say.some(n, failures, error.detail), true);
-    return items.flatMap(({ job }) => job?.id ?? []);
-  } catch (error) {
-    throw Object.assign(error, { at: step.id });
-  }
+  const { items, n, failures } = await json("/v1/jobs", { method: "POST", headers: { "Idempotency-Key": `"${step.key}"` }, body: JSON.stringify(starts) });
+  const { error } = items.find((item) => item.error) ?? {};
+  if (!n) throw Object.assign(new Error(error.detail), error);
+  if (error) notice(say.some(n, failures, error.detail), true);
+  return items.flatMap(({ job }) => job?.id ?? []);
 }
 
 const OPTIONS = { properties: {
@@ -209,15 +191,15 @@ export class ProcessView {
   constructor(app) {
     this.app = app;
     this.steps = [];
-    this.chain = el("div", { class: "fields" });
+    this.chain = el("div", { class: "fields", oninput: () => this.changed() });
     this.count = el("p", { class: "hint" });
     this.options = form(OPTIONS, "o");
     const [name, ...more] = this.options.fields;
     this.form = sender(() => this.start(), [this.chain, button(say.chain, () => this.add(), { class: "quiet" }),
       name, el("details", {}, el("summary", {}, words.act.more), el("div", { class: "pairs" }, more))], this.count);
-    this.card = el("div", { class: "card", hidden: true, oninput: () => this.changed() }, this.form);
+    this.form.hidden = true;
     this.problems = el("details", { class: "hint", hidden: true });
-    this.node = el("div", { class: "narrow" }, el("h1", {}, say.title), this.card, this.problems, stored);
+    this.node = el("div", { class: "narrow" }, el("h1", {}, say.title), this.form, this.problems, stored);
   }
 
   async show(params) {
@@ -239,11 +221,10 @@ export class ProcessView {
   reset(kind, chosen = new Map()) {
     this.steps = [];
     this.chain.replaceChildren();
-    this.card.hidden = false;
+    this.form.hidden = false;
     this.add(kind, chosen);
   }
 
-  // Append a process to the chain. chosen: the files that it begins with.
   add(kind, chosen = new Map([[RESULT, say.result]])) {
     const n = this.steps.length;
     const step = { id: `p${n}`, chosen, starts: () => {
@@ -252,14 +233,13 @@ export class ProcessView {
       return [params[each]].flat().map((one) => ({ kind: select.value, params: each ? { ...params, [each]: one } : params }));
     } };
     const build = () => {
-      const found = this.kinds.find((one) => one.kind === select.value);
-      step.form = form(found.params, step.id, { chosen });
+      const { kind, params, pause } = this.kinds.find((one) => one.kind === select.value);
+      step.form = form(params, step.id, { chosen });
       body.replaceChildren(...step.form.fields);
-      setText(about, [found.kind, resolve(found.params, found.params).description?.split("\n")[0], found.pause && say.pause(found.pause)].filter(Boolean).join(" · "));
+      setText(about, dots(kind, resolve(params, params).description?.split("\n")[0], pause && say.pause(pause)));
       this.changed();
     };
-    const fit = ({ params }) => n || !chosen.size || Object.entries(resolve(params, params).properties).some(([name, one]) => isFile(name, one));
-    const groups = Object.groupBy(this.kinds.filter(fit), (one) => say.groups[one.kind.split(".")[0]] ?? say.others);
+    const groups = Object.groupBy(this.kinds, (one) => say.groups[one.kind.split(".")[0]] ?? say.others);
     const select = step.select = el("select", { id: `kind${n}`, onchange: build }, Object.entries(groups).map(([label, all]) =>
       el("optgroup", { label }, all.map((one) => el("option", { value: one.kind, selected: one.kind === kind }, one.title)))));
     const about = el("p", { class: "hint" });
@@ -279,15 +259,13 @@ export class ProcessView {
     this.changed();
   }
 
-  // How many jobs it would start, and the address.
   changed() {
     const [first] = this.steps;
     if (!first) return;
     let [n, each] = [0, 1];
     for (const step of this.steps) n += each *= (step.form.each && step.chosen.size) || 1;
     setText(this.count, n > 1 ? say.jobs(n) : "");
-    const files = [...first.chosen.keys()].map((id) => ["files", id]);
-    history.replaceState(null, "", `#processes?${new URLSearchParams([["kind", first.select.value], ...files])}`);
+    history.replaceState(null, "", `#processes?${query(["kind", first.select.value], ...[...first.chosen.keys()].map((id) => ["files", id]))}`);
   }
 
   async start() {
@@ -301,7 +279,7 @@ export class ProcessView {
         before = await begin(starts, step);
       } catch (error) {
         if (i) error.message = say.partly(error.message);
-        throw error;
+        throw Object.assign(error, { at: step.id });
       }
     }
     notice(say.begun(before.length));
