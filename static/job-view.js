@@ -30,8 +30,8 @@ function value(name, given) {
   return typeof given === "object" ? el("code", {}, JSON.stringify(given)) : say.bool[given] ?? String(given);
 }
 
-const pairs = (given, names = Object.keys(given)) => names.flatMap((name) =>
-  [el("dt", {}, name.replaceAll("_", " ").replace(/ (at|bytes.*)$/, "")), el("dd", {}, value(name, given[name]))]);
+const pairs = (given, names = Object.keys(given)) => el("dl", {}, names.flatMap((name) =>
+  [el("dt", {}, name.replaceAll("_", " ").replace(/ (at|bytes.*)$/, "")), el("dd", {}, value(name, given[name]))]));
 
 export class JobView {
   constructor(app) {
@@ -52,11 +52,15 @@ export class JobView {
   show(params) {
     this.end("");
     this.id = params.get("job");
+    this.busy = null;
     this.fresh = [];
     this.stop = this.app.channel.follow(this.id, (lines) => {
       this.fresh = [...this.fresh, ...lines].slice(-LINES);
       this.plan();
     });
+    const row = this.app.store.rows.get(this.id);
+    if (row) this.tell({ params: {}, ...row });
+    else Object.assign(this.lost, { hidden: false, textContent: this.id });
     this.load();
   }
 
@@ -81,24 +85,17 @@ export class JobView {
   build() {
     const box = (tag, props) => el(tag, { tabindex: 0, ...props });
     this.row = new Row(this.app, this.job, () => {});
-    [this.facts, this.files, this.data] = [el("dl"), el("ul"), el("dl")];
+    this.told = el("div");
     this.list = box("ol", { "aria-label": say.history });
-    this.log = box("div", { class: "log", role: "log", "aria-live": "off", "aria-label": say.log, hidden: true,
-      onscroll: () => {
-        const isOurs = this.log.scrollTop === this.top;
-        this.top = null;
-        if (!isOurs) this.follow(atEnd(this.log));
-      } });
+    this.log = box("div", { class: "log", role: "log", "aria-live": "off", "aria-label": say.log, hidden: true, onscroll: () => this.follow(atEnd(this.log)) });
     this.older = el("p");
-    this.toggle = button("", () => this.follow(!this.follows));
+    this.toggle = button("", () => this.follow(true));
     this.seen = 0; // the version
     this.n = 0; // of the last line
     this.follows = true;
     const raw = box("pre");
     this.body.replaceChildren(el("h1", {}, this.row.name), el("ul", { class: "jobs" }, this.row.node),
-      el("div", { class: "cols" },
-        el("div", {}, part(say.details, this.facts), part(say.params, el("dl", {}, pairs(this.job.params))), part(say.outcome, this.files, this.data)),
-        part(say.history, this.list)),
+      el("div", { class: "cols" }, this.told, part(say.history, this.list)),
       el("details", { ontoggle: async () => { raw.textContent = JSON.stringify(await get(this.id), null, 2); } },
         el("summary", {}, say.raw), button(words.copy, () => copy(raw.textContent)), raw),
       part(say.log, this.older, this.log, this.toggle));
@@ -120,13 +117,12 @@ export class JobView {
 
   async load() {
     const { id } = this;
-    if (this.busy) return;
-    this.busy = true;
+    if (this.busy === id) return;
+    this.busy = id;
     const job = await get(id);
-    this.busy = false;
-    if (id !== this.id) {
-      if (this.id) this.load();
-    } else if (job?.version) {
+    if (id !== this.id) return;
+    this.busy = null;
+    if (job?.version) {
       this.tell(job);
       if (job.version > this.seen) this.history(id, job.version);
     } else if (job?.status === 404) this.end(say.unknown(id));
@@ -155,15 +151,17 @@ export class JobView {
     const { error, transfer, result, artifacts, started_at: start } = job;
     const took = start && format.duration(format.between(start, job.ended_at ?? Date.now()));
     const facts = { ...job, ...transfer, took, error: error?.code, data: error && say.safe[isTransfer(job)] };
-    morph(this.facts, ...pairs(facts, FACTS.filter((name, i) => i < ALWAYS || name in (transfer ?? {}) || !none(facts[name]))));
     const data = { ...result?.data };
     const files = [...[data.files].flat().filter((file) => file?.id), ...artifacts.map((made) => ({ ...made, id: made.file }))];
     if (data.files?.[0]?.id) delete data.files;
-    morph(this.data, ...pairs(data));
-    morph(this.files, ...files.map(({ id, name, bytes, digest }) => el("li", {},
-      el("a", { href: `/v1/files/${id}/content`, download: name }, name), ` ${format.bytes(bytes)}`,
-      Object.entries(digest).map(([algorithm, hex]) => el("div", {}, algorithm.toUpperCase(), " ", el("code", {}, hex), " ",
-        button(words.copy, ({ target }) => copy(target.previousElementSibling.textContent), { "aria-label": words.of(words.copy, `${algorithm} ${name}`) }))))));
+    morph(this.told,
+      part(say.details, pairs(facts, FACTS.filter((name, i) => i < ALWAYS || name in (transfer ?? {}) || !none(facts[name])))),
+      part(say.params, pairs(job.params)),
+      part(say.outcome, el("ul", {}, files.map(({ id, name, bytes, digest }) => el("li", {},
+        el("a", { href: `/v1/files/${id}/content`, download: name }, name), ` ${format.bytes(bytes)}`,
+        Object.entries(digest).map(([algorithm, hex]) => el("div", {}, algorithm.toUpperCase(), " ", el("code", {}, hex), " ",
+          button(words.copy, ({ target }) => copy(target.previousElementSibling.textContent), { "aria-label": words.of(words.copy, `${algorithm} ${name}`) })))))),
+      pairs(data)));
     this.draw();
   }
 
@@ -173,10 +171,10 @@ export class JobView {
     this.write();
   }
 
-  entry({ job, version, from, to, cause, at, actor, via }, last) {
-    const what = cause !== "command" || from === to ? cause : /paus/.test(to) ? "pause" : /canc/.test(to) ? "cancel" : "resume";
+  entry({ job, version, from, to, cause, at, actor, via, row }, last) {
+    const what = cause === "command" && from !== to ? row.want : cause;
     const by = via === "system" ? "" : who({ actor, via }, this.app.me);
-    const states = [...new Set([from, to])].filter(Boolean).map((state) => words.state[state] ?? state);
+    const states = (from && from !== to ? [from, to] : [to]).map((state) => words.state[state] ?? state);
     return el("li", {}, last && last.version < version - 1 ? el("a", { href: `/v1/jobs/${job}/events?after=${last.version}&limit=500` }, say.more(version - last.version - 1)) : "",
       time(at), " ", el("b", {}, states.join(" → ")), " ", say.causes[what] ?? what, " ",
       [by, by === words.by.you && via === "ws" ? say.here : say.doors[via]].filter(Boolean).join(", "), " ",
@@ -199,12 +197,11 @@ export class JobView {
       while (log.childElementCount > LINES) log.firstChild.remove();
       log.hidden = false;
       log.scrollTop = log.scrollHeight;
-      this.top = log.scrollTop;
       if (fresh.length) this.plan();
     }
     const first = log.querySelector("div")?.dataset.n;
     setText(this.older, first > 1 ? say.skipped(first - 1) : first ? "" : say.none);
-    this.toggle.hidden = !first;
-    setText(this.toggle, follows ? say.hold : say.follow(fresh.length));
+    this.toggle.hidden = follows;
+    setText(this.toggle, say.follow(fresh.length));
   }
 }

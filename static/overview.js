@@ -1,44 +1,38 @@
-// The view of the whole service: what moves, what runs, what waits, what is free.
+// The view of the whole service: what moves, runs, waits, and is free.
 //
-// Strategy: the numbers are kept each second, whatever is shown. In sight, the view is made anew from them
-// and what differs is put in. What is drawn stands beside it as text.
+// Strategy: numbers are kept each second, whatever is shown; in sight, the view is made anew from them and
+// what differs is put in. What is drawn stands beside it as text.
 
-import { Spark, el, morph, part, svg } from "./dom.js";
+import { Spark, el, morph, part } from "./dom.js";
 import { format, words } from "./words.js";
 
 const say = words.overview;
 const SAMPLES = 60;
 const GAP_MS = 5000; // without a number; then the line begins anew
 
-const line = (text, n = "", ...rest) => el("p", {}, el("span", {}, text), el("b", {}, n), ...rest);
-const bar = (text, part, n) => line(text, n,
-  svg("svg", { viewBox: "0 0 100 1", preserveAspectRatio: "none", "aria-hidden": "true" }, svg("rect", { width: 100 * part || 0, height: 1 })));
+const line = (text, n = "", share = null) =>
+  el("p", {}, el("span", {}, text), el("b", {}, n), share === null ? "" : el("progress", { value: share, "aria-hidden": "true" }));
 
 function bars(counts) {
   const list = Object.entries(counts).filter(([, n]) => n).sort((a, b) => b[1] - a[1]);
-  return list.length ? list.map(([name, n]) => bar(words.state[name] ?? name, n / list[0][1], format.count(n))) : say.none;
+  return list.map(([name, n]) => line(words.state[name] ?? name, format.count(n), n / list[0][1]));
 }
 
 export class Overview {
-  constructor(app) {
-    this.store = app.store;
+  constructor({ store }) {
+    this.store = store;
     this.values = { in: [], out: [] };
     this.node = el("div", { class: "overview" });
-    app.store.listen(({ now }) => now && this.sample());
+    store.listen(({ now }) => now && this.sample(performance.now()));
   }
 
-  show() {
-    this.draw();
-  }
-
-  sample() {
-    const at = performance.now();
+  sample(at) {
     for (const [name, values] of Object.entries(this.values)) {
       if (at - this.at > GAP_MS) values.length = 0;
       if (values.push(this.store.now[`${name}_bytes_per_s`]) > SAMPLES) values.shift();
     }
     this.at = at;
-    this.draw();
+    this.show();
   }
 
   flow(name) {
@@ -47,17 +41,17 @@ export class Overview {
     spark.set(values);
     const rate = (value) => format.rate(value, "bytes");
     return part(words.now[name], el("b", { class: "big" }, rate(values.at(-1))), spark.node,
-      el("p", { class: "axis" }, [say.ago(SAMPLES), say.most(rate(Math.max(...values))), say.now].map((text) => el("span", {}, text))));
+      el("p", { class: "axis" }, say.axis(SAMPLES, rate(Math.max(...values))).map((text) => el("span", {}, text))));
   }
 
-  draw() {
+  show() {
     const { now, counts } = this.store;
     if (this.node.hidden || !now) return;
-    const { disk_bytes: disk, free_bytes: free } = now;
+    const { disk_bytes: disk, free_bytes: free, running, slots } = now;
     morph(this.node, el("h1", { class: "hush" }, words.views.overview), this.flow("in"), this.flow("out"),
-      part(words.now.running, bar(say.slots(now.running, now.slots), now.running / now.slots), bars(now.running_by_kind ?? {})),
+      part(words.now.running, line(say.slots(running, slots), "", running / slots), bars(now.running_by_kind)),
       part(words.views.jobs, bars(counts)),
-      part(say.disk, bar(say.free(format.bytes(free), format.bytes(disk)), 1 - free / disk), line(words.now.stored(format.bytes(now.stored_bytes), format.count(now.files)))),
+      part(say.disk, line(say.free(format.bytes(free), format.bytes(disk)), "", 1 - free / disk), line(words.now.stored(format.bytes(now.stored_bytes), format.count(now.files)))),
       part(say.service, say.facts(now).map((fact) => line(...fact))));
   }
 }

@@ -241,7 +241,6 @@ export const words = {
     none: "No lines.",
     skipped: (n) => `… ${n} lines skipped`,
     more: (n) => `… ${n} more`,
-    hold: "Stop following",
     follow: (n) => (n ? `Follow: ${n} new` : "Follow"),
     unknown: (id) => `There is no job ${id} here. It may have been removed.`,
     removed: (name) => `${name} was removed from the list. Its files are kept.`,
@@ -250,7 +249,7 @@ export const words = {
     bool: { true: "yes", false: "no" },
     doors: { rest: "REST", simple: "simple API", tus: "tus", resumable: "resumable upload" },
     causes: {
-      pause: "paused", resume: "resumed", cancel: "cancelled", command: "changed", claimed: "got a slot", checkpoint: "at a safe point",
+      pause: "paused", run: "resumed", cancel: "cancelled", command: "changed", claimed: "got a slot", checkpoint: "at a safe point",
       done: "finished", error: "went wrong", undone: "all is undone", due: "its time has come", after: "what it waited for has ended",
       deadline: "took too long", crash: "the server had crashed", shutdown: "the server stopped", expired: "not finished in time",
       "client-gone": "the sender's connection ended", stalled: "nothing came", "client-back": "the sender is back", "taken-over": "a newer request goes on",
@@ -258,9 +257,8 @@ export const words = {
   },
 
   overview: {
-    disk: "Disk", service: "Service", none: "None.", now: "now",
-    ago: (s) => `${s} s ago`,
-    most: (rate) => `at most ${rate}`,
+    disk: "Disk", service: "Service",
+    axis: (s, rate) => [`${s} s ago`, `at most ${rate}`, "now"],
     slots: (n, of) => `${n} of ${of} slots in use`,
     free: (free, of) => `${free} free of ${of}`,
     facts: ({ queued, loop_lag_ms: lag, subscribers }) => [["Waiting for a slot", queued], ["The loop is late by", `${lag} ms`], ["Watching", subscribers]],

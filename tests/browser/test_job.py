@@ -254,9 +254,10 @@ def test_log_is_followed(talker: Server, page: Page, tmp_path: Path) -> None:
     expect(shown.get_by_text(f"… {newest - 1000} lines skipped")).to_be_visible()
     (tmp_path / "3").touch()
     expect(lines.last).not_to_have_text(f"line {newest}")
-    shown.get_by_role("button", name="Stop following").click()
-    stood = lines.last.inner_text()
+    page.mouse.wheel(0, -400)  # also while lines come
     expect(shown.get_by_role("button", name=re.compile("Follow: [1-9]"))).to_be_visible()
+    stood = lines.last.inner_text()
+    expect(fact(shown, "ended")).not_to_have_text("–", timeout=60_000)
     assert lines.last.inner_text() == stood
     shown.get_by_role("button", name="Follow").click()
     expect(lines.last).to_have_text(f"line {newest + more}", timeout=60_000)
