@@ -30,7 +30,7 @@ const chunks = (ids) => (ids.length ? [ids.slice(0, BULK), ...chunks(ids.slice(B
 
 // To rows, or to all that a filter of the server takes.
 export async function act(app, rows, op, filter) {
-  if (op === "choose") return app.chooseFor(rows[0]);
+  if (op === "choose") return app.choose({ row: rows[0] });
   const ids = rows.filter((row) => can(row, op) && !doing.has(row.id)).map((row) => row.id);
   const one = !filter && ids.length === 1;
   const name = one ? rows.find((row) => row.id === ids[0]).name : words.many.jobs(filter ? "" : ids.length);

@@ -1,11 +1,8 @@
-// The view of jobs: numbers of now, drop zone, filter, selection and the list of everything.
-//
-// What is asked for is in the address. The list is as high as all of its rows, of one height each, but
-// only those in sight exist; what the store tells is written once a frame. What is listed is settled anew
-// only while that disturbs nobody: not under the pointer, nor while it is scrolled.
+// The view of jobs. What is asked for is in the address. The list is as high as all of its rows, but only those in
+// sight exist. What is listed is settled anew only while that disturbs nobody: not under the pointer, nor scrolled.
 
 import { act, can, gone } from "./actions.js";
-import { Spark, button, el, icon, openMenu, setAttr, setText } from "./dom.js";
+import { Spark, button, el, icon, setAttr, setText } from "./dom.js";
 import { Row } from "./row.js";
 import { fraction } from "./store.js";
 import { format, words } from "./words.js";
@@ -23,30 +20,30 @@ const ORDERS = {
 };
 const OPS = ["pause", "resume", "cancel", "retry", "delete"];
 const BEYOND = 6; // rows that exist above and below those in sight
-const EDGE = 110; // pixels that the header and what sticks at the foot may cover
+const EDGE = 110; // pixels that may be covered above and below
 const SORT_MS = 1000;
 const TYPING_MS = 200;
 const EXPECT_MS = 2000;
 
 class Tiles {
   constructor() {
-    const tile = (key, more) => [this[key] = el("b", {}, "–"), el("div", { class: "tile" }, el("span", {}, words.now[key]), this[key], more)];
-    this.sparks = [new Spark(), new Spark()];
-    this.values = [[], []];
-    [this.waiting, this.stored] = [el("span"), el("span")];
-    this.node = el("section", { class: "flow", "aria-label": words.now.label },
-      [["in", this.sparks[0].node], ["out", this.sparks[1].node], ["running", this.waiting], ["free", this.stored]].map((one) => tile(...one)[1]));
+    this.node = el("section", { class: "flow", "aria-label": words.now.label }, ["in", "out", "running", "free"].map((key, i) => {
+      const tile = this[key] = { big: el("b", {}, "–"), values: [], spark: new Spark(), small: el("span") };
+      return el("div", { class: "tile" }, el("span", {}, words.now[key]), tile.big, i < 2 ? tile.spark.node : tile.small);
+    }));
   }
 
   show(now, { paused = 0, queued = 0, scheduled = 0 }) {
-    [now.in_bytes_per_s, now.out_bytes_per_s].forEach((value, i) => {
-      setText([this.in, this.out][i], format.rate(value, "bytes"));
-      this.sparks[i].set(this.values[i] = [...this.values[i], value].slice(-60));
-    });
-    this.running.replaceChildren(format.count(now.running), el("small", {}, words.now.slots(now.slots)));
-    setText(this.free, format.bytes(now.free_bytes));
-    setText(this.stored, words.now.stored(format.bytes(now.stored_bytes), format.count(now.files)));
-    setText(this.waiting, words.now.waiting(format.count(paused), format.count(queued + scheduled)));
+    for (const key of ["in", "out"]) {
+      const value = now[`${key}_bytes_per_s`];
+      const tile = this[key];
+      setText(tile.big, format.rate(value, "bytes"));
+      tile.spark.set(tile.values = [...tile.values, value].slice(-60));
+    }
+    this.running.big.replaceChildren(format.count(now.running), el("small", {}, words.now.slots(now.slots)));
+    setText(this.running.small, words.now.waiting(format.count(paused), format.count(queued + scheduled)));
+    setText(this.free.big, format.bytes(now.free_bytes));
+    setText(this.free.small, words.now.stored(format.bytes(now.stored_bytes), format.count(now.files)));
   }
 }
 
@@ -82,13 +79,11 @@ export class JobsView {
     this.end = el("p", { class: "end" });
     this.nothing = el("div", { class: "nothing", hidden: true }, el("p", {}, words.nothing),
       button(words.clear, () => this.ask({ group: "all", q: "", only: "" })));
-    const entry = (label) => [button(label, () => app.choose(), { class: "primary" }), button(words.drop.process, () => app.go("processes"))];
-    this.drop = el("div", { class: "drop" }, icon("drop"), el("span", {}, el("strong", {}, words.drop.bold), words.drop.rest),
-      el("span", { class: "drop-acts" }, entry(words.drop.upload), button(icon("more"), ({ currentTarget }) => openMenu(currentTarget,
-        [{ label: words.drop.files, run: () => app.choose() }, { label: words.drop.folder, run: () => app.choose({ folder: true }) }]),
-      { "aria-label": words.drop.more, "aria-haspopup": "menu", "aria-expanded": "false", class: "quiet" })));
+    const entry = (name) => el("span", { class: name }, button(words.drop.upload, () => app.choose(), { class: "primary" }),
+      button(words.drop.folder, () => app.choose({ folder: true })), button(words.drop.process, () => app.go("processes")));
+    this.drop = el("div", { class: "drop" }, icon("drop"), el("span", {}, el("strong", {}, words.drop.bold), words.drop.rest), entry("drop-acts"));
     this.empty = el("div", { class: "empty", hidden: true }, icon("drop"),
-      el("h2", {}, words.empty.title), el("p", {}, words.empty.text), el("div", { class: "empty-acts" }, entry(words.empty.choose)),
+      el("h2", {}, words.empty.title), el("p", {}, words.empty.text), entry("empty-acts"),
       el("p", { class: "curl" }, words.empty.curl, " ", el("code", {}, `curl -F file=@movie.mkv ${location.origin}/upload`)));
     this.node = el("div", {}, el("h1", { class: "hush" }, words.views.jobs), this.tiles.node, this.drop, app.uploads.node, this.bar, this.picks, this.list, this.nothing, this.end, this.empty);
     addEventListener("scroll", () => { this.moved = true; this.freed(); }, { passive: true });
@@ -170,7 +165,6 @@ export class JobsView {
       setText(number, format.count(n));
       node.hidden = n === 0 && group !== "all" && group !== this.group;
     }
-    // Before the first snapshot neither is shown: what is clicked must not vanish under the pointer.
     const empty = total === 0 && this.app.uploads.node.hidden;
     this.empty.hidden = !ready || !empty;
     for (const node of [this.bar, this.picks, this.list, this.drop]) node.hidden = !ready || empty;
@@ -303,13 +297,15 @@ export class JobsView {
 
   // Keys; true if it was one of ours. What is selected is meant, else the row that has the focus.
   key(event) {
-    const { key, shiftKey } = event;
+    const { key, shiftKey, ctrlKey, metaKey } = event;
+    const combined = ctrlKey || metaKey;
     const at = document.activeElement.closest(".jobs > li")?.dataset.job;
     const row = this.app.store.rows.get(at);
     const i = this.index?.get(at) ?? -1;
     const step = { j: 1, J: 1, ArrowDown: row && 1, k: -1, K: -1, ArrowUp: row && -1 }[key];
     const rows = this.picked.size ? this.pickedRows() : row ? [row] : [];
     const op = { p: rows.some((one) => can(one, "pause")) ? "pause" : "resume", c: "cancel", r: "retry", Delete: "delete" }[key];
+    if (combined && key !== "a") return false;
     if (step) {
       if (shiftKey && row && !this.picked.has(at)) this.pick(at, false);
       this.focusRow(Math.min(this.ids.length - 1, Math.max(0, i + step)));
@@ -320,7 +316,7 @@ export class JobsView {
       act(this.app, [row], op);
     } else if (key === "/") this.search.focus();
     else if (key === "Escape") this.pickAll(false);
-    else if (key === "a" && (event.ctrlKey || event.metaKey)) this.pickAll(true);
+    else if (combined) this.pickAll(true);
     else if (key === "x" && row) this.pick(at, false);
     else if (key === "Enter" && row && document.activeElement.matches("li")) this.app.go(`job=${at}`);
     else if (key === "m" && row) this.rows.get(at).more.click();

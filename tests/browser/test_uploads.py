@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 import subprocess
 import unicodedata
@@ -58,13 +57,9 @@ def slow_down(context: BrowserContext, page: Page, bytes_per_s: float) -> None:
 def choose(page: Page, *paths: Path, folder: bool = False) -> None:
     """Choose files, or a folder, by the page's buttons."""
     with page.expect_file_chooser() as chooser:
-        if folder:
-            page.get_by_role("button", name="Files or a folder").click()
-            page.get_by_role("menuitem", name="Upload a folder").click()
-        else:
-            page.locator(".drop, .empty").get_by_role(
-                "button", name=re.compile("Upload|Choose files")
-            ).locator("visible=true").first.click()
+        name = "Folder" if folder else "Upload"
+        buttons = page.locator(".drop, .empty").get_by_role("button", name=name)
+        buttons.locator("visible=true").first.click()
     chooser.value.set_files(list(paths))
 
 
