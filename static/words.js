@@ -144,13 +144,12 @@ export const words = {
 
   uploads: {
     label: "Uploads of this tab",
-    sum: ([n, done, waiting], parts) => `Uploading ${n} files: ${done} done, ${waiting} waiting · ${parts.filter(Boolean).join(" · ")}`,
-    done: (n, size, took) => `Uploaded ${n} files · ${size} in ${took}`,
+    sum: (n, done, waiting, rest) => `Uploading ${n} files: ${done} done, ${waiting} waiting · ${rest}`,
+    done: (n, size) => `Uploaded ${n} files · ${size}`,
     pauseAll: "Pause all",
     resumeAll: "Resume all",
     cancelAll: "Cancel all",
-    sure: "Cancel all uploads of this tab? What is stored of unfinished files goes.",
-    keep: "Go on",
+    cancelled: "All uploads of this tab are cancelled.",
     safe: "After a reload, choose the same files again: they go on where they stood.",
     held: "Paused. What is stored is safe.",
     lost: "The connection was lost; what is stored is safe. Trying again.",
@@ -164,8 +163,7 @@ export const words = {
     ended: "The server no longer knows this upload. Try again to send it anew.",
     limit: "Something between you and the server lets only small requests pass (nginx: client_max_body_size 0).",
     collected: "Something between you and the server collects uploads before it passes them on: progress comes late, and pausing does not hold the sender. They go on in small blocks. To set right: proxy_request_buffering off (nginx); see docs/proxies.md.",
-    many: (n) => `Only the first ${n} files are taken at once.`,
-    unread: (name, ...more) => `${name}${more.length ? ` and ${more.length} more` : ""} can't be read.`,
+    left: (name, ...more) => `${name}${more.length ? ` and ${more.length} more` : ""} can't be read, or is too much at once.`,
   },
 
   files: {

@@ -402,7 +402,9 @@ def test_all_of_a_tab_are_paused_resumed_and_cancelled(
     expect(sending(page)).to_contain_text("part 5.bin is not uploaded")
     row(page, paths[3].name).wait_for()
     sending(page).get_by_role("button", name="Cancel all").click()
-    page.get_by_role("dialog").get_by_role("button", name="Cancel all").click()
+    page.get_by_role("button", name="Undo").click()
+    expect(row(page, paths[3].name)).to_contain_text("Running")
+    sending(page).get_by_role("button", name="Cancel all").click()
     expect(row(page, paths[3].name)).to_contain_text("Cancelled by you")
     expect(sending(page)).to_contain_text("Uploaded 0 files")
     states = [job["state"] for job in server.jobs()]
