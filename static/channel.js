@@ -24,8 +24,7 @@ export class Channel {
   lostAt = null;
   heardAt = performance.now();
   rtt = null;
-  epoch = null;
-  s = null;
+  at = null; // {epoch, s}: the cursor
   goal = 0; // the newest event when the connection was made
   asked = false;
   last = LIST;
@@ -36,7 +35,6 @@ export class Channel {
     this.handlers = handlers;
     for (const name of ["online", "offline"]) addEventListener(name, () => this.post({ t: "net", online: name === "online" }));
     addEventListener("pagehide", () => this.post({ t: "leave" }));
-    addEventListener("pageshow", (event) => { if (event.persisted) this.open(); });
     document.addEventListener("visibilitychange", () => {
       this.post({ t: "vis", vis: document.visibilityState });
       handlers.status();
@@ -88,11 +86,9 @@ export class Channel {
 
   line({ state, conn, s, lostAt, ...rest }) {
     Object.assign(this, rest);
-    if (state !== "live") {
-      Object.assign(this, { state, lostAt, conn: null });
-    } else if (conn !== this.conn) {
-      this.conn = conn;
-      this.goal = s;
+    if (state !== "live") Object.assign(this, { state, lostAt, conn: null });
+    else if (conn !== this.conn) {
+      Object.assign(this, { conn, goal: s });
       this.subscribe();
       for (const id of this.logs.keys()) this.subscribeLog(id);
       for (const n of this.commands.keys()) this.say(n);
@@ -102,13 +98,12 @@ export class Channel {
 
   // Events, of whomever, that came while this page was away and are not here yet
   get behind() {
-    return Math.max(0, this.goal - this.s);
+    return Math.max(0, this.goal - (this.at?.s ?? 0));
   }
 
   subscribe() {
     this.asked = true;
-    const resume = this.s === null ? {} : { epoch: this.epoch, s: this.s };
-    this.post({ t: "sub", id: this.base + LIST, f: {}, page: 200, ...resume });
+    this.post({ t: "sub", id: this.base + LIST, f: {}, page: 200, ...this.at });
   }
 
   hear(frame) {
@@ -119,10 +114,10 @@ export class Channel {
       case "reset": return this.reset();
       case "ev":
       case "mark": return this.asked || this.apply(frame);
-      case "log": return this.log(id, frame);
+      case "log": return this.logs.get(id)?.hear(frame);
       case "ack": return id === LIST ? this.answered(frame) : this.settle(n, "resolve", frame);
       case "err": return id === LIST ? setTimeout(() => this.subscribe(), AGAIN_MS) : this.settle(n, "reject", new CommandError(frame));
-      case "hb": return this.asked || this.s === null || frame.s <= this.s || this.subscribe();
+      case "hb": return this.asked || !(frame.s > this.at?.s) || this.subscribe();
       default: return this.handlers.frame(frame);
     }
   }
@@ -130,21 +125,21 @@ export class Channel {
   answered(ack) {
     this.asked = false;
     if (ack.resumed) this.page(ack);
-    else this.epoch = this.s = null; // a snapshot follows
+    else this.at = null; // a snapshot follows
   }
 
   // After the ack this says only why. If it comes unasked, a subscription keeps pages of the list before apart.
   reset() {
-    if (this.s === null) return;
-    this.epoch = this.s = null;
+    if (!this.at) return;
+    this.at = null;
     if (!this.asked) this.subscribe();
   }
 
   // A page's number does not tell whether it is the first: each subscription counts its own.
   snap(page) {
-    const first = this.s === null;
+    const first = !this.at;
     if (first && this.asked) return;
-    if (first) Object.assign(this, { epoch: page.epoch, s: page.s });
+    if (first) this.at = { epoch: page.epoch, s: page.s };
     this.page(page, first);
   }
 
@@ -157,8 +152,8 @@ export class Channel {
   }
 
   apply(message) {
-    if (message.p !== this.s) return this.subscribe();
-    this.s = message.s;
+    if (message.p !== this.at?.s) return this.subscribe();
+    this.at.s = message.s;
     return message.t === "ev" && this.handlers.frame(message);
   }
 
@@ -169,7 +164,11 @@ export class Channel {
   // fn(lines, from) is told the newest 1000 lines of a job's log, then all that come, over all reconnects.
   follow(job, fn) {
     const id = this.last += 1;
-    this.logs.set(id, { job, fn });
+    const hear = ({ lines, from }) => {
+      this.logs.get(id).from = lines.at(-1).n;
+      fn(lines, from);
+    };
+    this.logs.set(id, { log: job, from: -1000, hear });
     if (this.conn) this.subscribeLog(id);
     return () => {
       this.logs.delete(id);
@@ -178,30 +177,23 @@ export class Channel {
   }
 
   subscribeLog(id) {
-    const { job, from } = this.logs.get(id);
-    this.post({ t: "sub", id: this.base + id, log: job, from: from ?? -1000 });
-  }
-
-  log(id, { from, lines }) {
-    const log = this.logs.get(id);
-    if (!log) return;
-    log.from = lines.at(-1).n;
-    log.fn(lines, from);
+    const { log, from } = this.logs.get(id);
+    this.post({ t: "sub", id: this.base + id, log, from });
   }
 
   // Resolves with the ack after the commit; rejects with a CommandError. target: id, {jobs: ids}, {f: filter}, null
   command(op, target, args = {}) {
     return new Promise((resolve, reject) => {
-      const fail = (code) => reject(new CommandError({ code, msg: words[code] }));
-      if (this.state !== "live") {
-        fail("offline");
-        return;
-      }
       const n = this.last += 1;
+      const fail = (code) => {
+        this.commands.delete(n);
+        reject(new CommandError({ code, msg: words[code] }));
+      };
+      if (this.state !== "live") return fail("offline");
       const frame = { t: "cmd", op, key: random(), args, ...(typeof target === "string" ? { job: target } : target) };
-      const timer = setTimeout(() => { this.commands.delete(n); fail("unanswered"); }, ACK_MS);
-      this.commands.set(n, { frame, resolve, reject, timer });
+      this.commands.set(n, { frame, resolve, reject });
       this.say(n);
+      return setTimeout(() => fail("unanswered"), ACK_MS);
     });
   }
 
@@ -210,9 +202,7 @@ export class Channel {
   }
 
   settle(n, how, what) {
-    const command = this.commands.get(n);
-    clearTimeout(command?.timer);
+    this.commands.get(n)?.[how](what);
     this.commands.delete(n);
-    command?.[how](what);
   }
 }

@@ -37,18 +37,14 @@ class Line {
     this.drop();
     this.socket = new WebSocket(`${location.origin.replace("http", "ws")}/v1/ws`, ["jobs.v1.json"]);
     this.heardAt = Date.now();
-    this.socket.onopen = () => {
-      this.saidAt = performance.now();
-      this.say({ t: "hello", ver: 1, cid: this.cid, feat: ["now"], vis: this.vis });
-    };
+    this.socket.onopen = () => this.say({ t: "hello", ver: 1, cid: this.cid, feat: ["now"], vis: this.vis });
     this.socket.onmessage = ({ data }) => this.hear([JSON.parse(data)].flat());
     this.socket.onclose = ({ code }) => this.closed(code);
   }
 
   drop() {
     clearTimeout(this.timer);
-    if (this.socket) this.socket.onopen = this.socket.onmessage = this.socket.onclose = null;
-    this.socket?.close();
+    Object.assign(this.socket ?? {}, { onmessage: null, onclose: null }).close?.();
     this.socket = null;
   }
 
@@ -56,10 +52,8 @@ class Line {
     this.heardAt = Date.now();
     const parts = new Map();
     for (const frame of frames) {
-      if (frame.t === "welcome") {
-        const rtt = Math.round(performance.now() - this.saidAt);
-        this.tell({ state: "live", conn: this.status.conn + 1, s: frame.s, rtt, restarting: false, lostAt: null });
-      } else if (frame.t === "bye") {
+      if (frame.t === "welcome") this.tell({ state: "live", conn: this.status.conn + 1, s: frame.s, restarting: false, lostAt: null });
+      else if (frame.t === "bye") {
         this.status.restarting = true;
         this.pauseMs = frame.retry_ms;
       } else {
@@ -89,8 +83,7 @@ class Line {
 
   async beat() {
     if (this.socket && Date.now() - this.heardAt > SILENT_MS) this.closed(1006);
-    this.beats += 1;
-    if (this.beats % PROBE_S === 0 && this.status.state === "live" && this.vis === "visible") {
+    if (this.status.state === "live" && this.vis === "visible" && this.beats++ % PROBE_S === 0) {
       const from = performance.now();
       const found = await fetch("/healthz", { cache: "no-store" }).catch(() => null);
       this.status.rtt = found && Math.round(performance.now() - from);

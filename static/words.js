@@ -32,7 +32,8 @@ export const words = {
   bannerLabel: "Connection",
   banner: {
     lost: (at) => `The connection was lost at ${at}. What you see is from then.`,
-    restart: (s) => (s > 0 ? `The server is restarting, back in ${s} s.` : "The server is restarting."),
+    restart: (s) => `The server is restarting, back in ${s} s.`,
+    restarting: "The server is restarting.",
     never: "The server does not answer.",
     again: (s) => (s > 0 ? `Reconnecting in ${s} s` : "Reconnecting …"),
     now: "Try now",
