@@ -188,7 +188,7 @@ export class FilesView {
         preview.replaceChildren(el("table", {}, rows));
         return sample.columns;
       } catch (error) {
-        if (asked === last && !refuse(reason(error), "x", error.field, false)) setText(preview, reason(error));
+        if (asked === last && !refuse(reason(error), "x-params", error.field, false)) setText(preview, reason(error));
         return [];
       }
     };
@@ -201,8 +201,8 @@ export class FilesView {
     const { params: root } = (await kinds()).items.find((one) => one.kind === kind);
     const properties = Object.fromEntries(only.map((name) => [name, resolve(root, root).properties[name]]));
     if (names.length) properties.columns = { type: "array", items: { enum: names }, default: names, description: say.order };
-    const fields = form(root, "x", { schema: { properties } });
-    const step = { id: "x" };
+    const fields = form(root, "x-params", { schema: { properties } });
+    const step = {};
     const box = el("dialog", { "aria-label": say[kind], onclose: () => box.remove(), oninput: () => { step.key = null; changed(); } }, el("h2", {}, say[kind]),
       sender(async () => {
         await begin([{ kind, params: { ...fields.read(), [field]: files.map(({ id }) => id) } }], step);

@@ -74,7 +74,7 @@ function control(props, schema, root, chosen) {
     const node = el(tag, { ...props, ...more }, options);
     return { node, hint, read: () => (node.value || required ? parse(node.value) : undefined) };
   };
-  const area = (hint, parse) => plain("textarea", { rows: 2, spellcheck: "false" }, (text) => parse(text.split("\n").map((line) => line.trim()).filter(Boolean)), hint);
+  const area = (hint, parse) => plain("textarea", { rows: 2 }, (text) => parse(text.split("\n").map((line) => line.trim()).filter(Boolean)), hint);
   if (isFile(name, schema)) return files(props, schema.many || schema.items, chosen);
   if (schema.enum) {
     return plain("select", {}, (text) => schema.enum.find((value) => String(value) === text), "", [required || initial ? null : el("option", { value: "" }, say.none),
@@ -110,8 +110,7 @@ function control(props, schema, root, chosen) {
   if (!SIMPLE.test(type)) return area("JSON", (lines) => JSON.parse(lines.join(" ")));
   const time = schema.format === "date-time";
   return plain("input", { type: type !== "string" ? "number" : time ? "datetime-local" : "text", min: schema.minimum, max: schema.maximum,
-    step: type === "number" ? "any" : null, minlength: schema.minLength, maxlength: schema.maxLength, placeholder: shown, autocomplete: "off",
-    pattern: schema.pattern && `.*(?:${schema.pattern}).*` }, // of JSON Schema it may match a part
+    step: type === "number" ? "any" : null, placeholder: shown },
   (text) => (time ? new Date(text).toISOString() : typed(text, schema)));
 }
 
@@ -122,7 +121,7 @@ export function form(root, id, { schema = resolve(root, root), needed = true, ch
     const required = needed && (schema.required ?? []).includes(name);
     const key = `${id}-${name}`;
     const one = control({ id: key, name, required, "aria-describedby": `${key}-hint ${key}-error` }, property, root, chosen);
-    return { ...one, name, field: el("div", { class: property.type === "boolean" ? "field check" : "field" },
+    return { ...one, name, field: el("div", { class: "field" },
       el("label", { for: key, id: `${key}-label` }, property.title ?? title(name)), one.node,
       el("p", { class: "hint", id: `${key}-hint` }, dots(property.description, one.hint)), el("p", { class: "error", id: `${key}-error` })) };
   });
@@ -132,13 +131,13 @@ export function form(root, id, { schema = resolve(root, root), needed = true, ch
 
 // At the field that is named, or at the one around it; false if there is none.
 export function refuse(message, id, field = "", focus = true) {
-  for (const path = field.replace("params", "").match(/[a-z]\w*/gi) ?? []; path.length; path.pop()) {
+  for (const path = field.match(/[a-z]\w*/gi) ?? []; path.length; path.pop()) {
     const key = [id, ...path].join("-");
     const node = document.getElementById(key);
     if (!node) continue;
     document.getElementById(`${key}-error`).textContent = message;
     node.ariaInvalid = "true";
-    if (focus) (node.matches("[role=group]") ? node.querySelector("input") : node).focus();
+    if (focus) (node.querySelector("input") ?? node).focus();
     return true;
   }
   return false;
@@ -161,7 +160,7 @@ export function sender(run, parts, beside) {
       await run();
     } catch (why) {
       const message = why instanceof TypeError ? say.again : why.message;
-      if (!refuse(message, why.field?.startsWith("params") ? why.at ?? "x" : "o", why.field)) {
+      if (!refuse(message, why.at ?? "x", why.field)) {
         error.textContent = message;
         announce(message);
       }
@@ -193,7 +192,7 @@ export class ProcessView {
     this.steps = [];
     this.chain = el("div", { class: "fields", oninput: () => this.changed() });
     this.count = el("p", { class: "hint" });
-    this.options = form(OPTIONS, "o");
+    this.options = form(OPTIONS, "p0");
     const [name, ...more] = this.options.fields;
     this.form = sender(() => this.start(), [this.chain, button(say.chain, () => this.add(), { class: "quiet" }),
       name, el("details", {}, el("summary", {}, words.act.more), el("div", { class: "pairs" }, more))], this.count);
@@ -234,7 +233,7 @@ export class ProcessView {
     } };
     const build = () => {
       const { kind, params, pause } = this.kinds.find((one) => one.kind === select.value);
-      step.form = form(params, step.id, { chosen });
+      step.form = form(params, `${step.id}-params`, { chosen });
       body.replaceChildren(...step.form.fields);
       setText(about, dots(kind, resolve(params, params).description?.split("\n")[0], pause && say.pause(pause)));
       this.changed();

@@ -212,7 +212,6 @@ export const words = {
     partly: (why) => `What comes before is started; this is not: ${why}`,
     again: "There is no answer from the server. Start again when it is there: nothing is started twice.",
     problems: (n) => `${n} ${n === 1 ? "process" : "processes"} could not be loaded`,
-    bad: "This is no valid value.",
   },
 
   said: {
