@@ -8,11 +8,10 @@ import { fraction } from "./store.js";
 import { format, words } from "./words.js";
 
 const GROUPS = {
-  all: null, running: ["running", "pausing", "cancelling"], paused: ["paused"], queued: ["queued", "scheduled"],
+  running: ["running", "pausing", "cancelling"], paused: ["paused"], queued: ["queued", "scheduled"],
   done: ["succeeded"], failed: ["failed"], cancelled: ["cancelled"],
 };
 const ORDERS = {
-  new: null,
   old: (a, b) => a.h - b.h,
   name: (a, b) => (a.name > b.name) - (a.name < b.name),
   progress: (a, b) => (fraction(b) ?? -1) - (fraction(a) ?? -1) || b.h - a.h,
@@ -56,14 +55,14 @@ export class JobsView {
     this.picked = new Set();
     this.kinds = new Set();
     this.tiles = new Tiles();
-    this.chips = Object.keys(GROUPS).map((group) => {
+    this.chips = ["all", ...Object.keys(GROUPS)].map((group) => {
       const number = el("span");
-      return { group, number, node: button([words.filters[group], " ", number], () => this.ask({ group }), { class: "chip", "data-group": group }) };
+      return { group, number, node: button([words.filters[group], " ", number], () => this.ask({ state: group === "all" ? "" : group }), { class: "chip", "data-group": group }) };
     });
     const select = (label, key, options) => el("select", { "aria-label": label, onchange: ({ target }) => this.ask({ [key]: target.value }) },
       Object.entries(options).map(([value, text]) => el("option", { value }, text)));
-    this.kind = select(words.kindLabel, "only", { "": words.allKinds });
-    this.sort = select(words.sortLabel, "order", words.sorts);
+    this.kind = select(words.kindLabel, "kind", { "": words.allKinds });
+    this.sort = select(words.sortLabel, "sort", words.sorts);
     this.search = el("input", { type: "search", placeholder: matchMedia("(pointer: coarse)").matches ? words.search : words.searchHint,
       "aria-label": words.search, autocomplete: "off", spellcheck: "false", oninput: () => this.ask({ q: this.search.value.trim() }) });
     this.bar = el("div", { class: "bar" }, el("div", { class: "chips", role: "group", "aria-label": words.filterLabel }, this.chips.map((chip) => chip.node)),
@@ -78,7 +77,7 @@ export class JobsView {
       onpointerenter: ({ pointerType }) => { this.over = pointerType === "mouse"; }, onpointerleave: () => this.freed(this.over = false) });
     this.end = el("p", { class: "end" });
     this.nothing = el("div", { class: "nothing", hidden: true }, el("p", {}, words.nothing),
-      button(words.clear, () => this.ask({ group: "all", q: "", only: "" })));
+      button(words.clear, () => this.ask({ state: "", kind: "", q: "" })));
     const entry = (name) => el("span", { class: name }, button(words.drop.upload, () => app.choose(), { class: "primary" }),
       button(words.drop.folder, () => app.choose({ folder: true })), button(words.drop.process, () => app.go("processes")));
     this.drop = el("div", { class: "drop" }, icon("drop"), el("span", {}, el("strong", {}, words.drop.bold), words.drop.rest), entry("drop-acts"));
@@ -92,8 +91,7 @@ export class JobsView {
   }
 
   show(params) {
-    const get = (key) => params.get(key) ?? "";
-    Object.assign(this, { group: get("state") in GROUPS ? get("state") : "all", only: get("kind"), q: get("q"), order: get("sort") in ORDERS ? get("sort") : "new" });
+    this.asked = Object.fromEntries(params);
     this.filtered();
     this.count();
     this.measure();
@@ -111,29 +109,25 @@ export class JobsView {
 
   // Something else is asked for: by the address, so that it can be shared and comes back.
   ask(change) {
-    Object.assign(this, change);
-    const query = new URLSearchParams(Object.entries({ state: this.group, kind: this.only, q: this.q, sort: this.order }).filter(([, value]) => value && value !== "all" && value !== "new"));
-    history.replaceState(null, "", `#jobs${query.size ? `?${query}` : ""}`);
+    const query = new URLSearchParams(Object.entries(this.asked = { ...this.asked, ...change }).filter(([, value]) => value));
+    history.replaceState(null, "", `#jobs?${query}`);
     this.pickAll(false);
     this.filtered();
   }
 
   filtered() {
-    for (const { group, node } of this.chips) setAttr(node, "aria-pressed", group === this.group);
-    this.sort.value = this.order;
-    if (this.search.value.trim() !== this.q) this.search.value = this.q;
-    if (this.only) this.kinds.add(this.only);
-    this.text = this.q.toLowerCase();
+    const { state = "", kind = "", q = "", sort = "" } = this.asked;
+    for (const { group, node } of this.chips) setAttr(node, "aria-pressed", group === (state || "all"));
+    if (this.search.value.trim() !== q) this.search.value = q;
+    if (kind) this.kinds.add(kind);
+    this.sort.value = sort;
+    // As the server takes it; null for everything.
+    const filter = Object.entries({ state: GROUPS[state], kind: kind && [kind], q }).filter(([, value]) => value);
+    this.filter = filter.length ? Object.fromEntries(filter) : null;
     this.settle(true);
     clearTimeout(this.typing);
     const { store } = this.app;
     if (this.filter && !store.complete) this.typing = setTimeout(() => store.search(this.filter), TYPING_MS);
-  }
-
-  // As the server takes it; null for everything.
-  get filter() {
-    const found = Object.entries({ state: GROUPS[this.group], kind: this.only && [this.only], q: this.q }).filter(([, value]) => value);
-    return found.length ? Object.fromEntries(found) : null;
   }
 
   changed({ rows, counts, now, event }) {
@@ -153,7 +147,7 @@ export class JobsView {
     if (this.node.hidden) return;
     this.planned ??= requestAnimationFrame(() => {
       this.planned = null;
-      if (this.unsettled || this.order === "progress" || this.order === "rate") this.settle(false);
+      if (this.unsettled || ["progress", "rate"].includes(this.asked.sort)) this.settle(false);
       this.paint();
     });
   }
@@ -163,7 +157,7 @@ export class JobsView {
     for (const { group, node, number } of this.chips) {
       const n = GROUPS[group]?.reduce((sum, state) => sum + (counts[state] ?? 0), 0) ?? total;
       setText(number, format.count(n));
-      node.hidden = n === 0 && group !== "all" && group !== this.group;
+      node.hidden = n === 0 && group !== "all" && group !== this.asked.state;
     }
     const empty = total === 0 && this.app.uploads.node.hidden;
     this.empty.hidden = !ready || !empty;
@@ -171,8 +165,10 @@ export class JobsView {
   }
 
   matches(row) {
-    return !gone.has(row.id) && (GROUPS[this.group]?.includes(row.state) ?? true) && (!this.only || row.kind === this.only)
-      && (!this.text || row.name.toLowerCase().includes(this.text) || row.id === this.text);
+    const { state, kind, q = "" } = this.filter ?? {};
+    const text = q.toLowerCase();
+    return !gone.has(row.id) && (!state || state.includes(row.state)) && (!kind || row.kind === kind[0])
+      && (!text || row.name.toLowerCase().includes(text) || row.id === text);
   }
 
   get scrolledAway() {
@@ -185,7 +181,8 @@ export class JobsView {
     if (!store.ready || (!anew && !this.unsettled && performance.now() - this.sortedAt < SORT_MS)) return;
     this.sortedAt = performance.now();
     const wanted = store.sorted.filter((row) => this.matches(row));
-    if (ORDERS[this.order]) wanted.sort(ORDERS[this.order]);
+    const order = ORDERS[this.asked.sort];
+    if (order) wanted.sort(order);
     this.held = !anew && this.ids.length > 0 && (this.over || this.scrolledAway || this.list.querySelector("[aria-expanded=true]"));
     if (!this.held) {
       this.ids = wanted.map((row) => row.id);
@@ -200,7 +197,7 @@ export class JobsView {
     this.index = new Map(this.ids.map((id, i) => [id, i]));
     for (const { kind } of wanted) this.kinds.add(kind);
     for (const value of [...this.kinds].slice(this.kind.options.length - 1)) this.kind.append(el("option", { value }, words.kinds[value] ?? value));
-    this.kind.value = this.only;
+    this.kind.value = this.asked.kind ?? "";
     this.nothing.hidden = this.ids.length > 0 || this.list.hidden || !store.complete;
     this.new.hidden = !fresh;
     setText(this.new, words.fresh(fresh));

@@ -1,8 +1,5 @@
-// One job as a row of the list.
-//
-// Strategy: describe() is pure and turns a job into what is said of it, here and on its own page: bar,
-// numbers, state as word, sign and pattern, one sentence of reason. Row builds the elements once and writes
-// only what differs, so that ten updates a second cost little and a focused button stays focused.
+// One job as a row of the list. describe() is pure and says what is to be said of a job; Row writes only what differs,
+// so that ten updates a second cost little and a focused button stays focused.
 
 import { act, can, fetchable, menuItems, pending, toggle } from "./actions.js";
 import { Spark, announce, button, el, icon, openMenu, setAttr, setText, swapIcon } from "./dom.js";
@@ -168,18 +165,18 @@ export class Row {
     this.main.hidden = !textual && !can(row, op);
     this.cancel.hidden = isFinal(row);
     this.link.hidden = !url;
-    if (url) setAttr(this.link, "href", url);
-    const label = words.doing[busy !== "cancel" && busy] ?? words.act[op];
+    if (url) this.link.href = url;
+    const stopping = busy === "cancel" || row.state === "cancelling";
+    const label = (busy !== "cancel" && words.doing[busy]) || words.act[op];
     const face = textual ? label : op === "resume" ? "play" : "pause";
     if (this.face !== face) this.main.replaceChildren(textual ? face : icon(face));
     this.face = face;
-    for (const [node, name, mine, off] of [[this.main, label, busy && busy !== "cancel", busy],
-      [this.cancel, words[row.state === "cancelling" ? "state" : "act"][row.state === "cancelling" ? "cancelling" : "cancel"], busy === "cancel", busy || !can(row, "cancel")]]) {
+    this.main.className = textual ? "textual" : "";
+    for (const [node, name, mine] of [[this.main, label, busy && !stopping], [this.cancel, stopping ? words.state.cancelling : words.act.cancel, busy && stopping]]) {
       setAttr(node, "aria-label", words.of(name, row.name));
       setAttr(node, "title", name);
-      setAttr(node, "aria-disabled", off ? "true" : null);
+      setAttr(node, "aria-disabled", (busy || (stopping && node === this.cancel)) && "true");
       node.classList.toggle("busy", Boolean(mine));
-      node.classList.toggle("textual", textual && node === this.main);
     }
     if (focused?.hidden) this.node.focus();
   }

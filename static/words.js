@@ -73,7 +73,7 @@ export const words = {
   allKinds: "All kinds",
   kinds: { upload: "Uploads", download: "Downloads", export: "Exports" },
   sortLabel: "Order",
-  sorts: { new: "Newest first", old: "Oldest first", name: "By name", progress: "By progress", rate: "By rate" },
+  sorts: { "": "Newest first", old: "Oldest first", name: "By name", progress: "By progress", rate: "By rate" },
   fresh: (n) => (n ? `${n} new` : ""),
   many: {
     all: "Select all",
