@@ -54,6 +54,7 @@ export class JobsView {
     this.dirty = new Set();
     this.picked = new Set();
     this.kinds = new Set();
+    this.asked = {}; // of the address
     this.tiles = new Tiles();
     this.chips = ["all", ...Object.keys(GROUPS)].map((group) => {
       const number = el("span");
