@@ -99,12 +99,10 @@ export const detailsOf = (row) => json(`/v1/jobs/${row.id}`).catch(() => row);
 
 // For openMenu.
 export function menuItems(app, row) {
-  const found = fetchable(row);
   const item = (op) => can(row, op) && { label: words.act[op], run: () => act(app, [row], op), danger: ["cancel", "force", "delete"].includes(op) };
   return [
     { label: words.act.open, run: () => app.go(`job=${row.id}`) },
     item("pause"), item("resume"), item("retry"),
-    found && { label: words.act.link, run: () => copy(new URL(found.url, location.href).href) },
     { label: words.act.curl, run: async () => copy(curlOf(await detailsOf(row))) },
     item("cancel"), item("force"), item("delete"),
   ].filter(Boolean);

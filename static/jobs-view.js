@@ -58,7 +58,7 @@ export class JobsView {
     this.tiles = new Tiles();
     this.chips = ["all", ...Object.keys(GROUPS)].map((group) => {
       const number = el("span");
-      return { group, number, node: button([words.filters[group], " ", number], () => this.ask({ state: group === "all" ? "" : group }), { class: "chip", "data-group": group }) };
+      return { group, number, node: button([words.filters[group] ?? words.state[group], " ", number], () => this.ask({ state: group === "all" ? "" : group }), { class: "chip", "data-group": group }) };
     });
     const select = (label, key, options) => el("select", { "aria-label": label, onchange: ({ target }) => this.ask({ [key]: target.value }) },
       Object.entries(options).map(([value, text]) => el("option", { value }, text)));

@@ -1,8 +1,5 @@
-// Every word of the page, in one place.
-//
-// Strategy: plain strings, and functions where a name or a number goes in. A failure says what
-// happened, what became of the data and what to do next; the server's own sentence comes first, and
-// NEXT replaces the advice it gives to programs by advice for people in front of this page.
+// Every word of the page, and how it writes numbers: a translation is this file. A failure says what happened, what
+// became of the data and what to do; the server's sentence comes first, and `next` replaces its advice to programs.
 
 export const words = {
   title: "Sluice",
@@ -37,14 +34,14 @@ export const words = {
     never: "The server does not answer.",
     again: (s) => (s > 0 ? `Reconnecting in ${s} s` : "Reconnecting …"),
     now: "Try now",
-    ended: "The server has closed this channel. Reload the page to go on.",
-    crowded: "You have too many pages open here. Close some, then reload this one.",
+    ended: "The server has closed this channel. Reload the page.",
+    crowded: "Too many pages are open. Close some, then reload this one.",
     reload: "Reload",
     away: (...n) => `While you were away: ${["done", "failed", "cancelled"].map((what, i) => n[i] && `${n[i]} ${what}`).filter(Boolean).join(", ")}.`,
     see: "Show",
   },
   back: "Connected again.",
-  unanswered: "The connection broke before the answer, so it is not known whether it was done. Look at the row.",
+  unanswered: "The connection broke before the answer: it is not known whether it was done.",
   offline: "There is no connection to the server just now.",
 
   now: {
@@ -67,7 +64,7 @@ export const words = {
     process: "New process",
   },
 
-  filters: { all: "All", running: "Running", paused: "Paused", queued: "Queued", done: "Done", failed: "Failed", cancelled: "Cancelled" },
+  filters: { all: "All", done: "Done" },
   filterLabel: "Show jobs by state",
   kindLabel: "Show only",
   allKinds: "All kinds",
@@ -91,9 +88,9 @@ export const words = {
 
   empty: {
     title: "Nothing here yet",
-    text: "Upload a file of any size, or start a process. It shows up here at once, with its progress.",
+    text: "Upload files of any size, or start a process, and watch them here.",
     curl: "Or from a terminal:",
-    files: "No files yet. What is uploaded, or made by a process, is kept here.",
+    files: "No files yet. What is uploaded or made is kept here.",
   },
 
   state: {
@@ -102,7 +99,7 @@ export const words = {
   },
   act: {
     pause: "Pause", resume: "Resume", cancel: "Cancel", retry: "Retry", download: "Download", choose: "Choose file",
-    delete: "Remove", open: "Open", curl: "Copy as curl", link: "Copy the download link",
+    delete: "Remove", open: "Open", curl: "Copy as curl",
     force: "Cancel now, without clean-up", more: "More",
   },
   of: (act, name) => `${act} ${name}`,
@@ -113,6 +110,8 @@ export const words = {
   phase: { receiving: "", waiting: "Waits for the other parts", joining: "Joining the parts", checking: "Checking", publishing: "" },
   units: { rows: "rows", steps: "steps", files: "files" },
   soFar: (amount) => `${amount} so far`,
+  part: (done, total) => `${done} of ${total}`,
+  left: (time) => `${time} left`,
   stalled: (at) => `Nothing has come since ${at}; what came is safe.`,
   waits: {
     slot: (running, slots, n) => `${n ? `${n === 1 ? "Next" : `No. ${n}`} in line · waits` : "Waits"} for a slot${slots ? `: ${running} of ${slots} in use` : ""}`,
@@ -139,7 +138,7 @@ export const words = {
 
   next: {
     "client-gone": "Nothing was kept; send it again.",
-    interrupted: "Nothing was kept; send it again. An upload from this page would have gone on.",
+    interrupted: "Nothing was kept; send it again.",
     "file-unknown": "Upload the file, then retry.",
   },
 
@@ -163,7 +162,7 @@ export const words = {
     unreadable: "It has changed or can no longer be read. Choose it again.",
     ended: "The server no longer knows this upload. Try again to send it anew.",
     limit: "Something between you and the server lets only small requests pass (nginx: client_max_body_size 0).",
-    collected: "Something between you and the server collects uploads before it passes them on: progress comes late, and pausing does not hold the sender. They go on in small blocks. To set right: proxy_request_buffering off (nginx); see docs/proxies.md.",
+    collected: "Something between you and the server collects uploads before it passes them on: progress comes late, and a pause does not hold the sender. They go on in small blocks. nginx needs proxy_request_buffering off; see docs/proxies.md.",
     left: (name, ...more) => `${name}${more.length ? ` and ${more.length} more` : ""} can't be read, or is too much at once.`,
   },
 
@@ -266,90 +265,56 @@ export const words = {
   notices: "Notices",
 };
 
-// Numbers, sizes, rates, durations and dates, over Intl. A pair of sizes shares its unit ("7.4 of 12.1 GB"),
-// a time left is an interval, and what is not known is an empty string, never a guess. SI units, as disks
-// are sold.
+// Numbers and dates over Intl. A pair of sizes shares its unit, a time left is an interval, and what is not known is
+// an empty string, never a guess. SI units, as disks are sold.
 
 const NB = "\u00a0";
-const number = new Intl.NumberFormat();
-const short = new Intl.NumberFormat(undefined, { maximumSignificantDigits: 2 });
-const tenth = new Intl.NumberFormat(undefined, { minimumFractionDigits: 1, maximumFractionDigits: 1 });
-const compact = new Intl.NumberFormat(undefined, { notation: "compact", maximumSignificantDigits: 3 });
-const clock = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit" });
-const seconds = new Intl.DateTimeFormat(undefined, { timeStyle: "medium" });
-const day = new Intl.DateTimeFormat(undefined, { day: "numeric", month: "short" });
-const full = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "short" });
+const numbers = (options) => new Intl.NumberFormat(undefined, options);
+const dates = (options) => new Intl.DateTimeFormat(undefined, options);
+const whole = numbers({ maximumFractionDigits: 0 });
+const short = numbers({ maximumSignificantDigits: 2 });
+const tenth = numbers({ minimumFractionDigits: 1, maximumFractionDigits: 1 });
+const compact = numbers({ notation: "compact", maximumSignificantDigits: 3 });
+const clock = dates({ timeStyle: "short" });
+const seconds = dates({ timeStyle: "medium" });
+const day = dates({ day: "numeric", month: "short", hour: "2-digit", minute: "2-digit" });
+const full = dates({ dateStyle: "medium", timeStyle: "short" });
 
 const UNITS = ["B", "kB", "MB", "GB", "TB", "PB"];
-
-const digest = (name, hex) => `${name.toUpperCase()} ${hex.slice(0, 4)}…${hex.slice(-4)}`;
-const unitOf = (unit) => words.units[unit] ?? unit;
-const power = (bytes) => {
-  let step = 0;
-  while (step < UNITS.length - 1 && Math.round(bytes / 1000 ** step) >= 1000) step += 1;
-  return step;
-};
-
-const scaled = (value, step) => {
-  const x = value / 1000 ** step;
-  return step > 0 && x < 100 ? tenth.format(x) : number.format(Math.round(x));
-};
-
-const count = (value) => (Math.abs(value) < 10000 ? number.format(value) : compact.format(value));
-const percent = (fraction) => `${Math.floor(fraction * 100)}${NB}%`;
-
-function bytes(value) {
-  const step = power(value);
-  return `${scaled(value, step)}${NB}${UNITS[step]}`;
-}
-
-function amount(value, unit) {
-  return unit === "bytes" ? bytes(value) : `${count(value)}${NB}${unitOf(unit)}`;
-}
-
-function pair(done, total, unit) {
-  if ((total ?? null) === null) return words.soFar(amount(done, unit));
-  if (unit !== "bytes") return `${count(done)} of ${count(total)}${NB}${unitOf(unit)}`;
-  const step = power(total);
-  return `${done === 0 ? "0" : scaled(done, step)} of ${scaled(total, step)}${NB}${UNITS[step]}`;
-}
-
-function rate(value, unit) {
-  if (value === null || value === undefined) return "";
-  if (unit === "bytes") return `${bytes(Math.round(value))}/s`;
-  return `${value >= 100 ? count(Math.round(value)) : short.format(value)}${NB}${unitOf(unit)}/s`;
-}
-
 const SCALES = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]];
 
-function duration(s) {
-  if (s < 1) return `${short.format(Math.round(s * 100) / 100)}${NB}s`;
-  if (s < 10) return `${short.format(Math.round(s * 10) / 10)}${NB}s`;
-  if (s < 120) return `${Math.round(s)}${NB}s`;
-  const [size, name] = SCALES.find(([unit]) => s >= 2 * unit);
-  return `${Math.round(s / size)}${NB}${name}`;
-}
+const scaleOf = (s) => SCALES.find(([size]) => s >= 2 * size) ?? SCALES[3];
+const powerOf = (n) => UNITS.findIndex((unit, i) => i === 5 || Math.round(n / 1000 ** i) < 1000);
+const scaled = (n, i) => (i && n < 100 * 1000 ** i ? tenth : whole).format(n / 1000 ** i);
+const isToday = (at) => new Date(at).toDateString() === new Date().toDateString();
 
-function left(eta) {
-  if (!eta) return "";
-  const high = Math.max(1, eta[1]);
-  const [size, name] = SCALES.find(([unit]) => high >= 2 * unit) ?? [1, "s"];
-  const a = Math.max(1, Math.round(eta[0] / size));
-  const b = Math.max(1, Math.round(high / size));
-  return b - a < 2 && size === 1 ? `${b}${NB}${name} left` : a === b ? `${b}${NB}${name} left` : `${a}–${b}${NB}${name} left`;
-}
-
-const date = (at) => new Date(at);
-const sameDay = (a, b) => a.toDateString() === b.toDateString();
-
-function time(at) {
-  const when = date(at);
-  return sameDay(when, new Date()) ? clock.format(when) : `${day.format(when)}, ${clock.format(when)}`;
-}
-
-const exact = (at) => full.format(date(at));
-const second = (at) => seconds.format(date(at));
-const moment = (at) => (sameDay(date(at), new Date()) ? second : exact)(at);
-const between = (from, to) => Math.max(0, (date(to) - date(from)) / 1000);
-
-export const format = { count, percent, bytes, amount, pair, rate, duration, left, time, exact, second, moment, between, digest };
+export const format = {
+  count: (n) => (n < 10000 ? whole : compact).format(n),
+  percent: (fraction) => `${Math.floor(fraction * 100)}${NB}%`,
+  bytes: (n) => `${scaled(n, powerOf(n))}${NB}${UNITS[powerOf(n)]}`,
+  amount: (n, unit) => (unit === "bytes" ? format.bytes(n) : `${format.count(n)}${NB}${words.units[unit] ?? unit}`),
+  pair(done, total, unit) {
+    if ((total ?? null) === null) return words.soFar(format.amount(done, unit));
+    return words.part(unit !== "bytes" ? format.count(done) : done && scaled(done, powerOf(total)), format.amount(total, unit));
+  },
+  rate(n, unit) {
+    if ((n ?? null) === null) return "";
+    return `${unit === "bytes" || n >= 100 ? format.amount(Math.round(n), unit) : `${short.format(n)}${NB}${words.units[unit] ?? unit}`}/s`;
+  },
+  duration(s) {
+    const [size, name] = scaleOf(s);
+    return `${s < 10 ? short.format(s) : Math.round(s / size)}${NB}${name}`;
+  },
+  left(eta) {
+    if (!eta) return "";
+    const [size, name] = scaleOf(eta[1]);
+    const [a, b] = eta.map((s) => Math.max(1, Math.round(s / size)));
+    return words.left(`${b - a < (size === 1 ? 2 : 1) ? b : `${a}–${b}`}${NB}${name}`);
+  },
+  time: (at) => (isToday(at) ? clock : day).format(new Date(at)),
+  exact: (at) => full.format(new Date(at)),
+  second: (at) => seconds.format(new Date(at)),
+  moment: (at) => (isToday(at) ? seconds : full).format(new Date(at)),
+  between: (from, to) => Math.max(0, (new Date(to) - new Date(from)) / 1000),
+  digest: (name, hex) => `${name.toUpperCase()} ${hex.slice(0, 4)}…${hex.slice(-4)}`,
+};
