@@ -134,6 +134,10 @@ export class Row {
       this.more.ariaLabel = words.of(words.act.more, row.name);
       this.link.ariaLabel = words.of(words.act.download, row.name);
     }
+    // Texts that come to stand elsewhere, because others come or go, are laid out as new ones.
+    const shape = [said.state, said.bar === undefined, !said.big, !said.rate].join();
+    if (this.shape && this.shape !== shape) for (const node of [this.sub, this.big.parentNode, this.rate.parentNode]) node.replaceWith(node);
+    this.shape = shape;
     for (const key of ["sub", "big", "small", "rate", "left"]) setText(this[key], said[key]);
     setAttr(this.sub, "title", said.sub);
     this.state.classList.toggle("hush", Boolean(said.rate));

@@ -32,6 +32,17 @@ window.firstRow = new Promise((painted) => {
 });
 """
 
+# Counts the requests that are under way.
+PENDING = """
+window.pending = 0;
+const { fetch } = window;
+window.fetch = async (...args) => {
+  window.pending += 1;
+  try { return await fetch(...args); } finally { setTimeout(() => { window.pending -= 1; }); }
+};
+"""
+DRAWN = "() => new Promise((done) => requestAnimationFrame(() => setTimeout(done)))"
+
 # Scrolls on with each frame, as far as the time that has passed says, and counts.
 SCROLL = """async ([rows, seconds]) => {
   const list = document.querySelector(".jobs");
@@ -56,6 +67,16 @@ SCROLL = """async ([rows, seconds]) => {
   tasks.disconnect();
   return [frames / seconds, long.map((task) => task.duration)];
 }"""
+
+
+def settled(page: Page) -> None:
+    """Wait until all that was asked for is here, and drawn."""
+    page.evaluate(DRAWN)
+    page.wait_for_function(
+        """() => window.pending === 0 && document.querySelector(".live[data-state=live]")
+          && document.querySelector("main > :not([hidden]) h1:not([hidden])")"""
+    )
+    page.evaluate(DRAWN)
 
 
 class Scrolled(NamedTuple):

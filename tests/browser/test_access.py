@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.browser.busy import Busy, busy
+from tests.browser.measure import PENDING, settled
 from tests.browser.pages import DOWN, row
 from tests.conftest import missing
 from tests.harness import FULL, Server, eventually
@@ -57,15 +58,6 @@ VIEWS = {
     "overview": "#overview",
 }
 
-# Counts the requests that are under way.
-PENDING = """
-window.pending = 0;
-const { fetch } = window;
-window.fetch = async (...args) => {
-  window.pending += 1;
-  try { return await fetch(...args); } finally { setTimeout(() => { window.pending -= 1; }); }
-};
-"""
 AXE = """async () => (await axe.run(document, {
   resultTypes: ["violations"], rules: { "target-size": { enabled: true } },
 })).violations.map((rule) =>
@@ -101,14 +93,6 @@ def show(page: Page, made: Busy, address: str) -> None:
     """Go to a view without a reload, and wait until it has come."""
     page.evaluate("(hash) => { location.hash = hash }", address.format(**made.ids))
     settled(page)
-
-
-def settled(page: Page) -> None:
-    """Wait until all that was asked for is here, and drawn."""
-    page.wait_for_function(
-        """() => new Promise((done) => requestAnimationFrame(() => setTimeout(() =>
-        done(window.pending === 0 && document.querySelector(".live[data-state=live]")))))"""
-    )
 
 
 def small_controls(page: Page, least: int = 44) -> list[Any]:
