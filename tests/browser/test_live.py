@@ -392,7 +392,10 @@ MODEL = """
 async ([steps, seed]) => {
   const { Store } = await import('/static/store.js');
   let state = seed;
-  const random = (n) => (state = (state * 1103515245 + 12345) % 2147483648) % n;
+  const random = (n) => {
+    state = (state * 16807) % 2147483647;
+    return Math.floor((state / 2147483647) * n);
+  };
   const server = new Map();
   let h = 0;
   const row = (one) => ({ ...one, progress: { done: one.version, total: null } });
@@ -444,9 +447,36 @@ def test_the_store_holds_what_the_server_has(server: Server, page: Page) -> None
     """However pages, events, repeats and resets follow each other, rows and order are right."""
     open_live(page, server)
     for seed in range(100 if FULL else 10):
-        found = page.evaluate(MODEL, [600, seed])
+        found = page.evaluate(MODEL, [600, seed + 1])
         assert found["shown"] == found["wanted"]
         assert (found["size"], found["complete"]) == (len(found["wanted"]), True)
+
+
+# One page of a list, then a reset: one job is new, one has ended, one was only not here before.
+ABSENCE = """
+async () => {
+  const { Store } = await import('/static/store.js');
+  const row = (h, version, state) =>
+    ({ id: `j${h}`, h, version, state, progress: { done: 0, total: null } });
+  const page = { t: 'snap', epoch: 'e', counts: {}, last: false, cursor: 9 };
+  const store = new Store();
+  store.frame({ ...page, jobs: [row(9, 1, 'running')] }, true);
+  store.away = {};
+  store.frame({ ...page, jobs: [row(10, 2, 'failed'), row(9, 2, 'succeeded')] }, true);
+  store.frame({ ...page, jobs: [row(8, 2, 'succeeded')], last: true, cursor: null }, false);
+  for (let i = 0; i < 2; i += 1) {
+    store.frame({ t: 'ev', from: 'running', to: 'failed', row: row(10, 2, 'failed') });
+    store.frame({ t: 'ev', from: 'running', to: 'failed', row: row(11, 2, 'failed') });
+  }
+  return store.away;
+}
+"""
+
+
+def test_an_absence_is_counted_once(server: Server, page: Page) -> None:
+    """What a snapshot brings counts only if it was not over before; nothing counts twice."""
+    open_live(page, server)
+    assert page.evaluate(ABSENCE) == {"failed": 2, "succeeded": 1}
 
 
 def test_all_jobs_are_loaded(server: Server, page: Page) -> None:
