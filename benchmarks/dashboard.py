@@ -3,14 +3,13 @@
 Claims: the first row is painted within 300 ms of the navigation, with an empty cache. While 200
 jobs tell their progress ten times a second and the list of all is scrolled over their rows for
 10 s, no task of the page takes more than 50 ms, and it draws at least 0.9 x the frames of the page
-at rest. HTML, CSS and JS weigh at most 40 KiB, each file compressed. The page runs in Chromium
+at rest. HTML, CSS and JS weigh at most 40 KiB, compressed. The page runs in Chromium
 without a screen; a task is long by the browser's own Long Tasks API, and a frame is one call of
 ``requestAnimationFrame``.
 """
 
 from __future__ import annotations
 
-import gzip
 import shutil
 import sys
 from collections.abc import Iterator
@@ -20,9 +19,9 @@ from typing import Any, NamedTuple
 
 from playwright.sync_api import Browser, sync_playwright
 
-from benchmarks.common import ROOT, ROUNDS, Report, Sluice, at_least, at_most, main, place
+from benchmarks.common import ROUNDS, Report, Sluice, at_least, at_most, main, place
 from tests.browser.conftest import FLAGS
-from tests.browser.measure import NOTES, fill, go_on, hold, ready, scroll, updated
+from tests.browser.measure import NOTES, fill, go_on, hold, ready, scroll, updated, weight_bytes
 
 _ROWS = 10_000
 _RUNNING = 200
@@ -74,14 +73,6 @@ def _round(browser: Browser, url: str, state: str) -> _Round:
     return _Round(first, seen.frames_per_s, max(seen.long_tasks_ms, default=0))
 
 
-def _weight_bytes() -> int:
-    return sum(
-        len(gzip.compress(path.read_bytes(), 9))
-        for path in (ROOT / "static").rglob("*")
-        if path.suffix in (".html", ".css", ".js")
-    )
-
-
 def _rounds() -> tuple[list[_Round], list[_Round]]:
     """Look in turns: with all paused, with all running."""
     idle: list[_Round] = []
@@ -130,7 +121,7 @@ def measure() -> Report:
             at_most("first row", first, _FIRST_ROW_MS, "ms"),
             at_least("frames while scrolling, running : at rest", ratio, 0.9),
             at_most("longest task", max(each.longest_ms for each in busy), _LONGEST_MS, "ms"),
-            at_most("weight", _weight_bytes() / 1024, 40, "KiB"),
+            at_most("weight", weight_bytes() / 1024, 40, "KiB"),
         ],
     )
 

@@ -89,7 +89,7 @@ export class FilesView {
           until && ` · ${say.expires(format.time(until))}`,
           job && [" · ", el("a", { href: `#job=${job}`, "aria-label": words.of(say.job, name) }, say.job)])),
       el("div", { class: "num much" }, el("b", {}, format.bytes(file.bytes))),
-      el("div", { class: "num pace" }, el("small", { title: format.exact(at) }, format.time(at))),
+      el("div", { class: "num pace" }, el("small", { title: format.moment(at) }, format.time(at))),
       el("div", { class: "acts" },
         el("a", { class: "textual", href: `/v1/files/${id}/content`, download: name, "aria-label": words.of(words.act.download, name) }, words.act.download),
         button(icon("trash"), () => this.delete([file]), { title: say.delete, "aria-label": words.of(say.delete, name) })),

@@ -37,8 +37,8 @@ const main = el("main", { tabindex: -1 }, Object.values(views).map((one) => one.
 const picker = el("input", { type: "file", hidden: true, id: "picker", onchange: picked });
 const shade = el("div", { class: "shade", hidden: true }, icon("drop"), words.drop.here);
 document.body.prepend(
-  el("a", { class: "skip", href: "#", onclick: (event) => { event.preventDefault(); main.focus(); } }, words.skip),
-  el("header", {}, el("a", { class: "logo", href: "#jobs" }, icon("logo"), words.title), el("nav", { "aria-label": words.nav }, links), banner.live,
+  el("header", {}, el("a", { class: "skip", href: "#", onclick: (event) => { event.preventDefault(); main.focus(); } }, words.skip),
+    el("a", { class: "logo", href: "#jobs" }, icon("logo"), words.title), el("nav", { "aria-label": words.nav }, links), banner.live,
     button("?", help, { class: "quiet", "aria-label": words.help.title, title: words.help.title })),
   banner.node, main, picker, liveRegion, noticeShelf, shade);
 

@@ -173,7 +173,10 @@ export class Row {
     const stopping = busy === "cancel" || row.state === "cancelling";
     const label = (busy !== "cancel" && words.doing[busy]) || words.act[op];
     const face = textual ? label : op === "resume" ? "play" : "pause";
-    if (this.face !== face) this.main.replaceChildren(textual ? face : icon(face));
+    if (this.face !== face) {
+      this.main.replaceChildren(textual ? face : icon(face));
+      if (focused !== this.main) this.main.replaceWith(this.main);
+    }
     this.face = face;
     this.main.className = textual ? "textual" : "";
     for (const [node, name, mine] of [[this.main, label, busy && !stopping], [this.cancel, stopping ? words.state.cancelling : words.act.cancel, busy && stopping]]) {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -77,6 +79,13 @@ def settled(page: Page) -> None:
           && document.querySelector("main > :not([hidden]) h1:not([hidden])")"""
     )
     page.evaluate(DRAWN)
+
+
+def weight_bytes() -> int:
+    """HTML, CSS and JS of the page, compressed as one."""
+    static = Path(__file__).parent.parent.parent / "static"
+    paths = sorted(path for path in static.rglob("*") if path.suffix in (".html", ".css", ".js"))
+    return len(gzip.compress(b"".join(path.read_bytes() for path in paths), 9))
 
 
 class Scrolled(NamedTuple):
