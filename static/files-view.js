@@ -24,7 +24,7 @@ export class FilesView {
     this.all = el("input", { type: "checkbox", "aria-label": words.many.all, onchange: () => this.pickAll(this.all.checked) });
     this.picked = el("span", { class: "many-text" });
     this.fresh = button("", () => this.load(true), { class: "fresh", hidden: true });
-    this.acts = ["export", "archive", "process", "delete"].map((op) => button(say[op], () => this[op](this.chosen), { class: op === "delete" && "danger" }));
+    this.acts = ["export", "archive", "process", "delete"].map((op) => button(say[op], () => this[op](this.chosen)?.catch((error) => notice(reason(error), true)), { class: op === "delete" && "danger" }));
     this.bar = el("div", { class: "picks" }, el("label", { class: "kind" }, this.all), this.picked, el("div", { class: "many-acts" }, this.acts), this.fresh);
     this.empty = el("p", { class: "empty", hidden: true });
     this.node = el("div", {}, el("div", { class: "view-head" }, el("h1", {}, words.views.files), el("div", { class: "finds" }, this.search),
@@ -166,7 +166,7 @@ export class FilesView {
   }
 
   archive(files) {
-    this.ask("archive", files, "files", ["name"], [el("ul", { class: "members" }, files.map((file) => el("li", {}, el("span", {}, file.name), size([file])))),
+    return this.ask("archive", files, "files", ["name"], [el("ul", { class: "members" }, files.map((file) => el("li", {}, el("span", {}, file.name), size([file])))),
       el("p", {}, say.picked(files.length, size(files)))]);
   }
 

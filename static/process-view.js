@@ -49,10 +49,8 @@ function files(props, many, chosen) {
     input.focus();
     input.dispatchEvent(new Event("input", { bubbles: true }));
   };
-  const search = soon(async () => {
-    const { items } = await json(`/v1/files?${query(["newest", 1], ["q", input.value])}`);
-    stored.replaceChildren(...items.map(({ name }) => el("option", { value: name })));
-  });
+  const search = soon(() => json(`/v1/files?${query(["newest", 1], ["q", input.value])}`)
+    .then(({ items }) => stored.replaceChildren(...items.map(({ name }) => el("option", { value: name }))), () => {}));
   const input = el("input", { ...props, list: "stored", autocomplete: "off", onfocus: search, oninput: search, onkeydown: (event) => {
     if (event.key !== "Enter" || !input.value) return;
     event.preventDefault();
@@ -125,7 +123,7 @@ export function form(root, id, { schema = resolve(root, root), needed = true, ch
       el("label", { for: key, id: `${key}-label` }, property.title ?? title(name)), one.node,
       el("p", { class: "hint", id: `${key}-hint` }, dots(property.description, one.hint)), el("p", { class: "error", id: `${key}-error` })) };
   });
-  return { fields: made.map(({ field }) => field), each: made.find((one) => one.each)?.name,
+  return { fields: made.map(({ field }) => field), about: schema.description?.split("\n")[0], each: made.find((one) => one.each)?.name,
     read: () => Object.fromEntries(made.map(({ name, read }) => [name, read()]).filter(([, value]) => value !== undefined)) };
 }
 
@@ -170,7 +168,7 @@ export function sender(run, parts, beside) {
   return node;
 }
 
-// The step's key makes it safe to repeat: after a lost answer, or when a later step was refused.
+// The step's key makes it safe to repeat.
 export async function begin(starts, step) {
   step.key ??= Math.random();
   const { items, n, failures } = await json("/v1/jobs", { method: "POST", headers: { "Idempotency-Key": `"${step.key}"` }, body: JSON.stringify(starts) });
@@ -205,23 +203,22 @@ export class ProcessView {
     const ids = params.getAll("files");
     try {
       const { items, problems } = await kinds();
-      const named = async (id) => [id, (await json(`/v1/files/${id}`).catch(() => null))?.name ?? id];
+      const named = async (id) => [id, (await json(`/v1/files/${id}`).catch(() => ({ name: id }))).name];
       const chosen = new Map(await Promise.all(ids.map(named)));
       this.kinds = items.filter((kind) => kind.startable);
-      if (!this.steps.length || params.size) this.reset(params.get("kind") ?? (ids.length ? "" : "count"), chosen);
+      if (!this.steps.length || params.size) {
+        this.steps = [];
+        this.chain.replaceChildren();
+        this.form.reset();
+        this.form.hidden = false;
+        this.add(params.get("kind") ?? (ids.length ? "" : "count"), chosen);
+      }
       this.problems.replaceChildren(el("summary", {}, say.problems(problems.length)),
         el("ul", {}, problems.map(({ file, detail }) => el("li", {}, `${file}: ${detail}`))));
       this.problems.hidden = !problems.length;
     } catch (error) {
       notice(reason(error), true);
     }
-  }
-
-  reset(kind, chosen = new Map()) {
-    this.steps = [];
-    this.chain.replaceChildren();
-    this.form.hidden = false;
-    this.add(kind, chosen);
   }
 
   add(kind, chosen = new Map([[RESULT, say.result]])) {
@@ -235,7 +232,7 @@ export class ProcessView {
       const { kind, params, pause } = this.kinds.find((one) => one.kind === select.value);
       step.form = form(params, `${step.id}-params`, { chosen });
       body.replaceChildren(...step.form.fields);
-      setText(about, dots(kind, resolve(params, params).description?.split("\n")[0], pause && say.pause(pause)));
+      setText(about, dots(kind, step.form.about, pause && say.pause(pause)));
       this.changed();
     };
     const groups = Object.groupBy(this.kinds, (one) => say.groups[one.kind.split(".")[0]] ?? say.others);
@@ -282,8 +279,7 @@ export class ProcessView {
       }
     }
     notice(say.begun(before.length));
-    this.form.reset();
-    this.reset(this.steps[0].select.value);
+    this.steps = []; // the next form is a new one
     this.app.go("jobs");
   }
 }

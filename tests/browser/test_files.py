@@ -264,13 +264,17 @@ def test_a_csv_file_is_exported_with_a_preview(
 
 
 def test_a_selection_is_archived(server: Server, page: Page, allowed: list[str]) -> None:
-    """The dialog lists what goes in and its size; what has no rows says so if it is exported."""
-    allowed.append("status of 422")
+    """The dialog lists what goes in and its size; what has no rows, and no network, is told."""
+    allowed += [*DOWN, "status of 422"]
     for name in ("a.bin", "b.bin", "c.bin"):
         store(server, name, name.encode() * 1000)
     page.goto(f"{server.url}/#files")
     page.get_by_label("Select a.bin").check()
     page.get_by_label("Select c.bin").check()
+    page.context.set_offline(True)
+    page.get_by_role("button", name="Archive").click()
+    expect(page.locator(".notice.bad")).to_contain_text("no connection")
+    page.context.set_offline(False)
     page.get_by_role("button", name="Export").click()
     expect(page.get_by_role("dialog")).to_contain_text("neither CSV nor JSONL")
     page.keyboard.press("Escape")

@@ -268,6 +268,10 @@ def test_what_was_started_is_not_started_twice(
         route.fetch()
         route.abort()
 
+    page.context.set_offline(True)
+    page.get_by_role("button", name="Start", exact=True).click()
+    expect(page.locator("#unsent")).to_contain_text("No answer")
+    page.context.set_offline(False)
     page.route("**/v1/jobs", lose, times=1)
     page.get_by_role("button", name="Start", exact=True).click()
     expect(page.locator("#unsent")).to_contain_text("nothing is started twice")
