@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-dev run test test-full lint types check bench docs clean
+.PHONY: help setup setup-dev run test test-full lint types check bench docs images clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -50,6 +50,9 @@ docs: setup ## write the generated pages of docs/
 	$(PY) config.py > docs/.new && mv docs/.new docs/configuration.md
 	$(PY) -m jobs.states > docs/.new && mv docs/.new docs/states.md
 	$(PY) errors.py > docs/.new && mv docs/.new docs/errors.md
+
+images: setup-dev ## take the pictures of docs/images anew, with the system's Chromium
+	$(PY) tests/browser/screenshots.py
 
 clean: ## remove .venv, caches and the output of tests; never data/
 	rm -rf $(VENV) test-output .pytest_cache .mypy_cache .ruff_cache .hypothesis docs/.new

@@ -3,7 +3,8 @@
     python tests/browser/screenshots.py [folder]
 
 Starts a server on a temporary folder with one slot, keeps it busy for half a minute with curl, and
-takes the page in light, in dark and on a phone. The big files are sparse, so little is written.
+takes each view in light and in dark, on a desk and on a phone. The big files are sparse, so little
+is written.
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from playwright.sync_api import Browser, Page, expect, sync_playwright  # noqa: E402
 
+from tests.browser.busy import KINDS  # noqa: E402
 from tests.browser.conftest import FLAGS  # noqa: E402
-from tests.harness import Server  # noqa: E402
+from tests.harness import Server, eventually  # noqa: E402
 
 MB = 1_000_000
 DESKTOP: dict[str, Any] = {"viewport": {"width": 1200, "height": 860}}
@@ -31,9 +33,8 @@ PHONE: dict[str, Any] = {
     "viewport": {"width": 390, "height": 844},
     "is_mobile": True,
     "has_touch": True,
-    "color_scheme": "light",
-    "device_scale_factor": 1.5,
 }
+SCHEMES: tuple[Literal["light"], Literal["dark"]] = ("light", "dark")
 
 
 @contextlib.contextmanager
@@ -74,48 +75,76 @@ def percent(page: Page, name: str, at_least: int) -> None:
     )
 
 
-def open_page(browser: Browser, server: Server, like: Page | None, **options: Any) -> Page:
-    """A page in a window of its own, of the same person as ``like``."""
-    context = browser.new_context(locale="en-GB", **options)
-    if like is not None:
-        context.add_cookies(like.context.cookies())  # type: ignore[arg-type]
-    page = context.new_page()
-    page.goto(server.url)
-    expect(page.locator(".live")).to_have_attribute("data-state", "live")
-    return page
+class Pages:
+    """The page on a desk and on a phone, of the same person."""
+
+    def __init__(self, browser: Browser, server: Server, target: Path) -> None:
+        self._url = server.url
+        self._target = target
+        self.desktop = browser.new_context(locale="en-GB", **DESKTOP).new_page()
+        self.desktop.goto(server.url)
+        self.desktop.mouse.move(5, 840)  # a pointer over the list would hold it
+        phone = browser.new_context(locale="en-GB", **PHONE)
+        phone.add_cookies(self.desktop.context.cookies())  # type: ignore[arg-type]
+        self.phone = phone.new_page()
+        self.phone.goto(server.url)
+
+    def take(self, name: str, address: str) -> None:
+        """Take a view in every look."""
+        for look, page in {"": self.desktop, "-phone": self.phone}.items():
+            page.evaluate("(hash) => { location.hash = hash }", address)
+            page.wait_for_load_state()
+            page.evaluate("() => new Promise((done) => setTimeout(done, 1500))")
+            for scheme in SCHEMES:
+                page.emulate_media(color_scheme=scheme)
+                page.screenshot(path=self._target / f"{name}{look}-{scheme}.png")
 
 
-def lively(browser: Browser, server: Server, folder: Path, target: Path) -> None:
-    """Bring the server into that state, then take the pictures."""
-    page = open_page(browser, server, None, **DESKTOP)
-    phone = open_page(browser, server, page, **PHONE)
-    rows = page.locator("li[data-job]")
-    with sending(server, folder, "photos-archive.zip", 150 * MB, "40M"):
-        expect(page.locator("li.done")).to_have_count(1)
-    stored = server.get("/v1/files").json["items"][0]["id"]
-    missing = {"kind": "checksum", "params": {"file": "returns.csv"}}
-    server.post("/v1/jobs", missing | {"name": "Checksum of returns.csv"})
-    expect(page.locator("li.failed")).to_have_count(1)
-    count = {"kind": "count", "params": {"steps": 360}, "name": "Count the samples"}
-    after = {"kind": "checksum", "params": {"file": stored}}
-    after |= {"name": "Checksum of photos-archive.zip"}
+def stored(server: Server, folder: Path) -> str:
+    """Files in some versions, and what has been made of them; the newest file's id."""
+    upload = f"{server.url}/upload?is_complete=true&file_name="
+    for name, sizes in {"samples.csv": (700, 900), "returns-2025.csv": (2400,)}.items():
+        for size in sizes:
+            rows = "".join(f"{i},{i % 7}.{i % 10},field {i % 12}\n" for i in range(size * 10))
+            server.post(
+                f"{upload.removeprefix(server.url)}{name}", f"id,mean,field\n{rows}".encode()
+            )
+    with sending(server, folder, "photos-archive.zip", 150 * MB, "60M"):
+        eventually(lambda: server.jobs("?state=succeeded&q=photos"), "the archive is stored")
+    file = str(server.get("/v1/files").json["items"][0]["id"])
+    for start in (
+        {"kind": "report", "params": {"rows": 240}, "name": "Report of March"},
+        {"kind": "report", "params": {"rows": 240, "fails_at": 112}, "name": "Report of April"},
+        {"kind": "checksum", "params": {"file": "samples.csv"}, "name": "Checksum of samples.csv"},
+    ):
+        server.wait_for(server.post("/v1/jobs", start).json["id"], "succeeded", "failed")
+    return file
+
+
+def lively(server: Server, folder: Path, pages: Pages) -> None:
+    """Bring the server into a state in which there is something to see, then take the pictures."""
+    pages.take("empty", "jobs")
+    file = stored(server, folder)
+    page = pages.desktop
+    count = {"kind": "count", "params": {"steps": 600}, "name": "Count the samples"}
+    after = {"kind": "checksum", "params": {"file": file}, "name": "Checksum of photos-archive.zip"}
+    page.evaluate("location.hash = 'jobs'")
     with contextlib.ExitStack() as stack:
-        server.post("/v1/jobs", count)
-        server.post("/v1/jobs", after)
-        expect(page.locator("li.queued")).to_have_count(1)
+        for start in (count, after):
+            server.post("/v1/jobs", start)
         stack.enter_context(sending(server, folder, "orders-2026.csv", 150 * MB, "21M"))
-        expect(rows).to_have_count(5)
-        stack.enter_context(sending(server, folder, "survey-2026-raw.parquet", 900 * MB, "31M"))
-        stack.enter_context(fetching(server, stored, "5M"))
-        percent(page, "orders-2026.csv", 74)
+        stack.enter_context(sending(server, folder, "survey-2026-raw.parquet", 1800 * MB, "31M"))
+        stack.enter_context(fetching(server, file, "3M"))
+        percent(page, "orders-2026.csv", 60)
         page.get_by_role("button", name="Pause orders-2026.csv").click()
         expect(page.locator("li.paused")).to_contain_text("paused by you")
-        percent(page, "Count the samples", 42)
-        for scheme in ("light", "dark"):
-            page.emulate_media(color_scheme=scheme)
-            page.mouse.move(600, 840)
-            page.screenshot(path=target / f"jobs-{scheme}.png")
-        phone.screenshot(path=target / "jobs-phone.png")
+        percent(page, "Count the samples", 20)
+        pages.take("jobs", "jobs")
+        pages.take("overview", "overview")
+        report = server.jobs("?q=Report of March".replace(" ", "%20"))[0]["id"]
+        pages.take("job", f"job={report}")
+        pages.take("files", "files")
+        pages.take("process", "processes?kind=csv.import")
 
 
 def main() -> None:
@@ -128,9 +157,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, sync_playwright() as playwright:
         folder = Path(name)
         browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
-        server = Server(folder / "data", "--slots", "1").start()
+        server = Server(folder / "data", "--slots", "1", "--kinds", str(KINDS)).start()
         try:
-            lively(browser, server, folder, target)
+            lively(server, folder, Pages(browser, server, target))
         finally:
             browser.close()
             server.stop()
