@@ -1,21 +1,19 @@
 // Files on their way from this tab to the server, over tus: after any failure from where the server stands.
 
-import { announce, button, el, later, notice, setText } from "./dom.js";
-import { isFinal } from "./store.js";
+import { button, el, later, notice, setText } from "./dom.js";
+import { isFinal, reason } from "./store.js";
 import { format, words } from "./words.js";
 
 const MIB = 1 << 20;
 const SAMPLE = 16 << 10;
 const AT_ONCE = 3;
 const MOST_FILES = 20000;
-const COLLECTED_MS = 3000;
-const AWAY_MS = 5000;
+const PATIENCE_MS = 4000;
 
 const say = words.uploads;
 const base64 = (text) => btoa(String.fromCharCode(...new TextEncoder().encode(text)));
-const printOf = (row) => row.kind === "upload" && /\.(\w+-\w+)\.\w+$/.exec(row.client)?.[1];
 
-// It only finds, so it need not be strong; crypto.subtle is missing on plain http.
+// crypto.subtle is missing on plain http; and this only finds.
 async function fingerprint(file) {
   const samples = [];
   for (let at = 0; at < file.size; at += Math.max(SAMPLE, (file.size - SAMPLE) / 16)) samples.push(file.slice(at, at + SAMPLE));
@@ -29,24 +27,18 @@ export class Uploads {
     this.app = app;
     this.items = []; // each waiting, sending, failed, done or gone
     this.block = Infinity; // bytes in a request, once a proxy has shown that it needs a bound
-    this.text = el("span");
-    this.meter = el("progress", { "aria-label": say.label });
-    this.hold = button("", () => this.all(this.held ? "resume" : "pause"));
-    this.stop = button("", () => {
-      this.node.hidden = !this.busy.length;
-      if (this.node.hidden) return;
-      this.all("pause");
-      later(say.cancelled, () => this.all("cancel"), () => this.all("resume"));
-    });
-    this.sub = el("summary");
-    this.bad = el("ul");
     this.node = el("section", { class: "sending", "aria-label": say.label, hidden: true },
-      el("div", {}, this.text, this.hold, this.stop), this.meter, el("details", {}, this.sub, this.bad));
+      el("div", {}, this.text = el("span"), this.hold = button("", () => this.all(this.held ? "resume" : "pause")), this.stop = button("", () => {
+        this.node.hidden = !this.busy.length;
+        if (this.node.hidden) return;
+        this.all("pause");
+        later(say.cancelled, () => this.all("cancel"), () => this.all("resume"));
+      })), el("details", {}, this.sub = el("summary"), this.bad = el("ul")));
     app.store.listen(({ now }) => { if (now && this.busy.length) this.beat(); });
     addEventListener("online", () => this.wake());
     addEventListener("beforeunload", (event) => { if (this.busy.length) event.preventDefault(); });
     // Else the server would hold a paused request for an hour, and take it for a sender.
-    addEventListener("pagehide", () => { for (const { id } of this.those("sending")) if (id) fetch(`/tus/${id}`, { method: "HEAD", keepalive: true }); });
+    addEventListener("pagehide", () => { for (const { id } of this.those("sending")) fetch(`/tus/${id}`, { method: "HEAD", keepalive: true }); });
   }
 
   those(...states) {
@@ -57,14 +49,13 @@ export class Uploads {
     return this.those("waiting", "sending");
   }
 
-  // The upload of this tab that a job belongs to.
   of(row) {
     return this.busy.find((item) => item.label === row.client);
   }
 
-  // Whether the same file, chosen here, can go on with it.
+  // The fingerprint of the file that can go on with a job.
   isMine(row) {
-    return printOf(row);
+    return row.kind === "upload" && /\.(\w+-\w+)\.\w+$/.exec(row.client)?.[1];
   }
 
   add(files, label) {
@@ -74,10 +65,11 @@ export class Uploads {
     }
     const known = new Set(this.busy.map((item) => item.key));
     const twice = [];
+    const failed = this.those("failed");
     for (const file of files) {
-      const path = file.path ?? (file.webkitRelativePath || file.name);
+      const path = file.path || file.webkitRelativePath || file.name;
       const key = `${path}|${file.size}|${file.lastModified}`;
-      for (const item of this.those("failed")) if (item.path === path) this.become(item, "gone");
+      for (const item of failed) if (item.path === path) this.become(item, "gone");
       if (known.size === known.add(key).size) twice.push(file.name);
       else this.items.push({ file, path, key, label, at: null, state: "waiting" });
     }
@@ -85,9 +77,9 @@ export class Uploads {
     this.next();
   }
 
-  // Go on with one job; false if it is another file.
+  // False if it is another file.
   async goOn(row, file) {
-    const same = await fingerprint(file).catch(() => "") === printOf(row);
+    const same = await fingerprint(file).catch(() => "") === this.isMine(row);
     if (same && !this.of(row)) this.add([file], row.client);
     return same;
   }
@@ -95,61 +87,53 @@ export class Uploads {
   next() {
     if (!this.held) for (const item of this.those("waiting").slice(0, AT_ONCE - this.those("sending").length)) {
       item.state = "sending";
-      this.run(item).then((why) => this.end(item, why));
+      this.run(item).catch((why) => why).then((why) => this.become(item, why ? "failed" : why === null ? "gone" : "done", why));
     }
     this.show();
   }
 
-  // why: undefined if it is stored, null if its row says why not, else what to say.
-  end(item, why) {
+  become(item, state, why) {
     const { name } = item.file;
-    this.become(item, why ? "failed" : why === null ? "gone" : "done");
-    if (why) {
-      if (!this.bad.firstChild) notice(`${name}: ${why}`, true);
-      this.bad.append(item.line = el("li", {}, `${name}: ${why} `, [[say.again, "waiting"], [say.drop, "gone"]].map(([label, state]) =>
-        button(label, () => this.become(item, state), { class: "quiet", "aria-label": words.of(label, name) }))));
-    }
-    if (!this.busy.length) announce(this.text.textContent);
-  }
-
-  become(item, state) {
     item.line?.remove();
     Object.assign(item, { state, at: null, id: null, label: null, sent: false });
+    if (why) {
+      if (!this.bad.firstChild) notice(`${name}: ${why}`, true);
+      this.bad.append(item.line = el("li", {}, `${name}: ${why} `, [[say.again, "waiting"], [say.drop, "gone"]].map(([label, next]) =>
+        button(label, () => this.become(item, next), { class: "quiet", "aria-label": words.of(label, name) }))));
+    }
     this.next();
   }
 
+  // Until it is stored; null if its row says why it is not, else a text says it.
   async run(item) {
     const { file } = item;
     for (let tries = 0; ;) {
-      try {
-        await file.slice(0, 1).arrayBuffer(); // throws if it has changed or gone
-        item.print ??= await fingerprint(file);
-      } catch {
-        return say.unreadable;
-      }
+      await file.slice(0, 1).arrayBuffer().catch(() => { throw say.unreadable; });
+      item.print ??= await fingerprint(file);
       const { at } = item;
       const xhr = await this.step(item);
       const { status, response } = xhr;
       item.at = null;
-      if (response?.code === "upload-taken-over") return say.elsewhere(file.name);
+      if (response?.code === "upload-taken-over") return say.elsewhere;
       if (status >= 200 && status < 300) {
         item.at = Number(xhr.getResponseHeader("Upload-Offset"));
-        if (item.at === file.size) return undefined;
+        if (item.at === file.size) return;
         if (at !== null) tries = 0;
         continue;
       }
       const row = this.rowOf(item);
-      if ((status === 404 || status === 410) && this.knows && (!row || isFinal(row))) return !row ? say.ended : row.state === "succeeded" ? undefined : null;
+      if ([404, 410].includes(status) && this.knows && (!row || isFinal(row))) return !row ? say.ended : row.state === "succeeded" ? undefined : null;
       // A proxy's limit; its answer can't always be read while a body is sent.
       const limited = status === 413 && !response;
       if (limited && this.block === MIB) return say.limit;
       if (limited || (at !== null && !response && tries > 1)) this.block = MIB;
       if (status && !limited && (status < 500 || status === 507) && ![404, 408, 409, 410, 423, 425, 429].includes(status)) {
-        return `${response?.detail ?? status} ${words.next[response?.code] ?? response?.next ?? ""}`;
+        return reason({ ...response, message: response?.detail ?? status });
       }
-      const wait = new Promise((resolve) => setTimeout(item.wake = resolve, Math.random() * Math.min(15000, 500 * 2 ** tries)));
-      this.show();
-      await wait;
+      await new Promise((resolve) => {
+        setTimeout(item.wake = resolve, Math.random() * Math.min(15000, 500 * 2 ** tries));
+        this.show();
+      });
       item.wake = null;
       tries += 1;
     }
@@ -170,10 +154,10 @@ export class Uploads {
       const { store, me } = this.app;
       if (!this.knows) return { status: 0 };
       const row = item.label ? this.rowOf(item) : store.sorted.find((one) =>
-        printOf(one) === item.print && one.name.split("/").pop() === file.name.normalize() && !isFinal(one) && !this.of(one));
+        this.isMine(one) === item.print && one.name.split("/").pop() === file.name.normalize() && !isFinal(one) && !this.of(one));
       if (row && !item.sent) { // else only the answer was lost
         await store.recheck(row, {});
-        if (row.transfer.connected) return { status: 409, response: { code: "upload-taken-over" } };
+        if (row.transfer.connected) throw say.elsewhere;
       }
       item.id = row?.id;
       item.label ??= row?.client ?? `${me}.${item.print}.${Math.random().toString(36).slice(2, 9)}`;
@@ -185,7 +169,6 @@ export class Uploads {
       "Upload-Metadata": `filename ${base64(file.name)},filetype ${base64(file.type)},relativePath ${base64(item.path)}` }, body);
   }
 
-  // fetch tells no progress of what it sends.
   async request(item, method, headers = {}, body = null) {
     const xhr = item.xhr = new XMLHttpRequest();
     xhr.open(method, `/tus/${item.id ?? ""}`);
@@ -193,10 +176,7 @@ export class Uploads {
     for (const name in headers) xhr.setRequestHeader(name, headers[name]);
     xhr.setRequestHeader("Content-Type", "application/offset+octet-stream");
     item.leftAt = 0;
-    xhr.upload.onprogress = ({ loaded, total }) => {
-      item.whole = loaded === total;
-      if (loaded >= MIB) item.leftAt ||= performance.now();
-    };
+    xhr.upload.onprogress = ({ loaded }) => { if (loaded >= MIB) item.leftAt ||= performance.now(); };
     xhr.send(body);
     await new Promise((resolve) => { xhr.onloadend = resolve; });
     if (xhr.status === 201) item.id = xhr.getResponseHeader("Location").split("/").pop();
@@ -210,35 +190,30 @@ export class Uploads {
     }
   }
 
-  // Each second that the server is heard. If a request has left but nothing of it has come, a proxy collects it.
+  // Each second that the server is heard. What has left but not come is collected by a proxy.
   beat() {
     const now = performance.now();
     for (const item of this.those("sending")) {
       const row = this.rowOf(item);
       if (row?.state === "paused") item.leftAt = 0;
-      if (item.leftAt && now - item.leftAt > COLLECTED_MS && this.block === Infinity && !(row?.progress.done > item.at)) {
+      if (item.leftAt && now - item.leftAt > PATIENCE_MS && this.block === Infinity && !(row?.progress.done > item.at)) {
         this.block = 4 * MIB;
         notice(say.collected, true);
-        if (!item.whole) item.xhr.abort();
+        item.xhr.abort();
       }
     }
     const { sum, heardAt } = this;
-    if (now - heardAt > AWAY_MS) this.wake();
+    if (now - heardAt > PATIENCE_MS) this.wake();
     this.show();
     this.rate += ((1000 * (this.sum - sum)) / (now - heardAt) - this.rate) / (this.rate ? 5 : 1);
     this.heardAt = now;
   }
 
-  // pause, resume or cancel all of this tab
   async all(op) {
     this.held = op === "pause";
     if (op === "cancel") for (const item of this.those("waiting")) item.state = "gone";
     const jobs = this.those("sending").map((item) => this.rowOf(item)?.id).filter(Boolean);
-    try {
-      if (jobs.length) await this.app.channel.command(op, { jobs });
-    } catch (error) {
-      notice(words.refused(words.act[op], error.message), true);
-    }
+    if (jobs.length) await this.app.channel.command(op, { jobs }).catch((error) => notice(words.refused(words.act[op], error.message), true));
     this.next();
   }
 
@@ -252,7 +227,6 @@ export class Uploads {
     const pace = this.rate > 1 ? ` · ${format.rate(this.rate, "bytes")} · ${format.left([s, s])}` : "";
     setText(this.text, busy ? say.sum(busy + done.length, done.length, waiting.length, format.pair(this.sum, all, "bytes") + pace)
       : say.done(done.length, format.bytes(this.sum)));
-    this.meter.value = (this.sum + 1) / (all + 1);
     setText(this.hold, held ? say.resumeAll : say.pauseAll);
     this.hold.disabled = !busy;
     setText(this.stop, busy ? say.cancelAll : words.dismiss);
@@ -261,7 +235,6 @@ export class Uploads {
   }
 }
 
-// The files of a drop, those of folders with their paths, in order.
 export async function dropped({ items }) {
   const wait = (object, method) => new Promise((done, fail) => object[method](done, fail));
   const files = [];

@@ -158,7 +158,7 @@ export const words = {
     drop: "Give up",
     twice: (name, ...more) => `${name}${more.length ? ` and ${more.length} more are` : " is"} on the way already.`,
     other: (name) => `That is not the ${name} of before.`,
-    elsewhere: (name) => `${name} is being sent from another tab or browser just now. It is left alone.`,
+    elsewhere: "It is being sent from another tab or browser just now, and is left alone.",
     unreadable: "It has changed or can no longer be read. Choose it again.",
     ended: "The server no longer knows this upload.",
     limit: "A proxy lets only small requests pass (nginx: client_max_body_size 0).",
