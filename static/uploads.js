@@ -125,7 +125,7 @@ export class Uploads {
       if ([404, 410].includes(status) && this.knows && (!row || isFinal(row))) return !row ? say.ended : row.state === "succeeded" ? undefined : null;
       // A proxy's limit; its answer can't always be read while a body is sent.
       const limited = status === 413 && !response;
-      if (limited && this.block === MIB) return say.limit;
+      if (limited && item.size <= MIB) return say.limit;
       if (limited || (at !== null && !response && tries > 1)) this.block = MIB;
       if (status && !limited && (status < 500 || status === 507) && ![404, 408, 409, 410, 423, 425, 429].includes(status)) {
         return reason({ ...response, message: response?.detail ?? status });
@@ -175,7 +175,7 @@ export class Uploads {
     xhr.responseType = "json";
     for (const name in headers) xhr.setRequestHeader(name, headers[name]);
     xhr.setRequestHeader("Content-Type", "application/offset+octet-stream");
-    item.leftAt = 0;
+    Object.assign(item, { leftAt: 0, size: body?.size });
     xhr.upload.onprogress = ({ loaded }) => { if (loaded >= MIB) item.leftAt ||= performance.now(); };
     xhr.send(body);
     await new Promise((resolve) => { xhr.onloadend = resolve; });
