@@ -54,35 +54,29 @@ export class Store {
 
   // Returns the cursor of the page that is wanted next.
   frame(frame, first) {
-    switch (frame.t) {
-      case "snap": this.snapshot(frame, first);
-      case "ack": // a page that was asked for before does not come
-        this.tell({ rows: null, counts: true });
-        return this.wanted;
-      case "ev": return this.event(frame);
-      case "p": return this.progress(frame);
-      case "counts":
-        this.counts = frame.n;
-        return this.tell({ counts: true });
-      case "now":
-        this.now = frame;
-        this.sample();
-        return this.tell({ now: true });
-      default: return null;
+    const { t } = frame;
+    if (t === "ev") this.event(frame);
+    else if (t === "p") this.progress(frame);
+    else if (t === "counts") {
+      this.counts = frame.n;
+      this.tell({ counts: true });
+    } else if (t === "now") {
+      this.now = frame;
+      this.sample();
+      this.tell({ now: true });
+    } else {
+      if (t === "snap") this.snapshot(frame, first);
+      this.tell({ rows: null, counts: true });
     }
+    return this.wanted;
   }
 
   snapshot({ epoch, jobs, counts, last, cursor }, first) {
     if (first) {
-      this.newest = this.ready ? this.sorted[0]?.h ?? 0 : Infinity;
-      this.before = this.rows;
-      this.fresh = new Set();
-      if (epoch !== this.epoch) { // numbers may have been given again
-        this.rows = new Map();
-        this.sorted = [];
-        this.gone.clear();
-      }
-      this.epoch = epoch;
+      const newest = this.ready ? this.sorted[0]?.h ?? 0 : Infinity;
+      Object.assign(this, { newest, before: this.rows, fresh: new Set() });
+      // In another log numbers may have been given again.
+      if (epoch !== this.epoch) Object.assign(this, { epoch, rows: new Map(), sorted: [], gone: new Set() });
     }
     for (const row of jobs) this.enter(row);
     const wanted = this.fresh.size < MOST ? cursor : null;
@@ -163,8 +157,7 @@ export class Store {
   sample() {
     const since = performance.now() - STILL_MS;
     for (const { state, rates, progress, movedAt, toldAt } of this.sorted) {
-      if (state !== "running") continue;
-      if (rates.push((Math.max(movedAt, toldAt) > since && progress.rate_per_s) || 0) > SAMPLES) rates.shift();
+      if (state === "running" && rates.push((Math.max(movedAt, toldAt) > since && progress.rate_per_s) || 0) > SAMPLES) rates.shift();
     }
   }
 
