@@ -37,12 +37,13 @@ from tornado.web import Application
 
 from config import Config, ConfigError, load
 from errors import SluiceError
-from handlers import ROUTES
+from handlers import ROUTES, STATIC
 from handlers.auth import Cors, Hosts, Proxies
 from handlers.base import Door, Life, NotFoundHandler, Services, Settings
 from handlers.feed import Feeds
 from handlers.live import MESSAGE_BYTES
 from handlers.now import Now
+from handlers.page import warm
 from jobs.add import add
 from jobs.children import Children
 from jobs.commands import Commands
@@ -269,6 +270,7 @@ async def serve(config: Config, lock: IO[str]) -> None:
         ) from error
     async with assembled(config) as parts:
         services = parts.services
+        warm(STATIC)
         server = HTTPServer(make_app(services), idle_connection_timeout=120)
         server.add_sockets(sockets)
         host = f"[{config.address}]" if ":" in config.address else config.address

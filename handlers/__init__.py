@@ -16,6 +16,7 @@ from handlers import (
     live,
     logs,
     metrics,
+    page,
     resumable,
     simple,
     status,
@@ -23,7 +24,7 @@ from handlers import (
     tus,
 )
 
-_STATIC = str(Path(__file__).parent.parent / "static")
+STATIC = Path(__file__).parent.parent / "static"
 _NAME = r"([A-Za-z0-9._~-]{1,128})"
 _ID = r"([A-Za-z0-9-]{1,64})"
 
@@ -184,12 +185,12 @@ ROUTES: list[Route] = [
     Route(r"/errors/([a-z-]{1,64})", status.ErrorPageHandler, {"GET": "What an error means"}),
     # The dashboard
     Route(
-        r"/static/(.*)", status.PageHandler, {"GET": "Files of the dashboard"}, {"path": _STATIC}
+        r"/static/(.*)", page.PageHandler, {"GET": "Files of the dashboard"}, {"path": str(STATIC)}
     ),
     Route(
         r"/()",
-        status.PageHandler,
+        page.PageHandler,
         {"GET": "The dashboard"},
-        {"path": _STATIC, "default_filename": "index.html"},
+        {"path": str(STATIC), "default_filename": "index.html"},
     ),
 ]

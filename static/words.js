@@ -6,7 +6,7 @@ export const words = {
   views: { jobs: "Jobs", files: "Files", processes: "Processes", overview: "Overview" },
   nav: "Views",
   skip: "Skip to the content",
-  running: (percent, n) => `${percent ? `(${percent}) ` : ""}${n} running`,
+  running: (percent, n) => [percent && `(${percent})`, n, "running"].filter(Boolean).join(" "),
   undo: "Undo",
   unknown: "—",
   select: "Select",
@@ -37,7 +37,7 @@ export const words = {
     ended: "The server has closed this channel. Reload the page.",
     crowded: "Too many pages are open. Close some, then reload this one.",
     reload: "Reload",
-    away: (...n) => `While you were away: ${["done", "failed", "cancelled"].map((what, i) => n[i] && `${n[i]} ${what}`).filter(Boolean).join(", ")}.`,
+    away: (...n) => "While you were away: " + ["done", "failed", "cancelled"].map((what, i) => n[i] && `${n[i]} ${what}`).filter(Boolean).join(", ") + ".",
     see: "Show",
   },
   back: "Connected again.",
@@ -77,7 +77,7 @@ export const words = {
     picked: (n, more) => `${more ? "All" : n} selected`,
     clear: "Clear",
     jobs: (n) => (n === 1 ? "1 job" : `${n || "All"} jobs`),
-    done: (act, n, failed, why) => `${act}: ${n} done.${failed ? ` ${failed} not: ${why}` : ""}`,
+    done: (act, n, failed, why) => `${act}: ${n} done.` + (failed ? ` ${failed} not: ${why}` : ""),
   },
   search: "Search",
   searchHint: "Search   /",
@@ -114,7 +114,7 @@ export const words = {
   left: (time) => `${time} left`,
   stalled: (at) => `Nothing has come since ${at}; what came is safe.`,
   waits: {
-    slot: (running, slots, n) => `${n ? `${n === 1 ? "Next" : `No. ${n}`} in line · waits` : "Waits"} for a slot${slots ? `: ${running} of ${slots} in use` : ""}`,
+    slot: (running, slots, n) => (n > 1 ? `No. ${n} in line · waits` : n ? "Next in line · waits" : "Waits") + " for a slot" + (slots ? `: ${running} of ${slots} in use` : ""),
     after: "Waits for another job",
     time: (at) => `Starts at ${at}`,
     backoff: (at, n) => `Attempt ${n} at ${at}`,
@@ -156,19 +156,19 @@ export const words = {
     failed: (n, name) => (n > 1 ? `${n} files are not uploaded` : `${name} is not uploaded`),
     again: "Try again",
     drop: "Give up",
-    twice: (name, ...more) => `${name}${more.length ? ` and ${more.length} more are` : " is"} on the way already.`,
+    twice: (name, ...more) => name + (more.length ? ` and ${more.length} more are` : " is") + " on the way already.",
     other: (name) => `That is not the ${name} of before.`,
     elsewhere: "It is being sent from another tab or browser just now, and is left alone.",
     unreadable: "It has changed or can no longer be read. Choose it again.",
     ended: "The server no longer knows this upload.",
     limit: "A proxy lets only small requests pass (nginx: client_max_body_size 0).",
     collected: "Something between you and the server collects uploads before it passes them on: progress comes late, and a pause does not hold the sender. They go on in small blocks. nginx needs proxy_request_buffering off; see docs/proxies.md.",
-    left: (name, ...more) => `${name}${more.length ? ` and ${more.length} more` : ""} can't be read, or is too much at once.`,
+    left: (name, ...more) => name + (more.length ? ` and ${more.length} more` : "") + " can't be read, or is too much at once.",
   },
 
   files: {
     export: "Export", archive: "Archive", process: "Start a process", delete: "Delete",
-    deleted: (n, name) => `${n > 1 ? `${n} files` : name} deleted.`,
+    deleted: (n, name) => (n > 1 ? `${n} files` : name) + " deleted.",
     more: "Show older files",
     fresh: (n) => `${n} new ${n === 1 ? "file" : "files"}`,
     none: "No file matches.",
@@ -299,7 +299,8 @@ export const format = {
   },
   rate(n, unit) {
     if ((n ?? null) === null) return "";
-    return `${unit === "bytes" || n >= 100 ? format.amount(Math.round(n), unit) : `${short.format(n)}${NB}${words.units[unit] ?? unit}`}/s`;
+    if (unit === "bytes" || n >= 100) return `${format.amount(Math.round(n), unit)}/s`;
+    return `${short.format(n)}${NB}${words.units[unit] ?? unit}/s`;
   },
   duration(s) {
     const [size, name] = scaleOf(s);
@@ -309,7 +310,7 @@ export const format = {
     if (!eta) return "";
     const [size, name] = scaleOf(eta[1]);
     const [a, b] = eta.map((s) => Math.max(1, Math.round(s / size)));
-    return words.left(`${b - a < (size === 1 ? 2 : 1) ? b : `${a}–${b}`}${NB}${name}`);
+    return words.left((b - a < (size === 1 ? 2 : 1) ? b : `${a}–${b}`) + NB + name);
   },
   time: (at) => (isToday(at) ? clock : day).format(new Date(at)),
   second: (at) => seconds.format(new Date(at)),

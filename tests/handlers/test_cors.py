@@ -79,7 +79,7 @@ def granted(answer: Answer, origin: str = APP) -> None:
         "Allow-Credentials": "true",
         "Expose-Headers": SHOWN,
     }
-    assert answer.headers["Vary"] == "Origin"
+    assert answer.headers["Vary"].split(", ")[-1] == "Origin"
 
 
 # Answers
@@ -148,7 +148,8 @@ def test_an_unknown_origin_gets_nothing(site: Server, file_id: str, origin: str)
     """An origin that is not exactly one of the list gets no grant, only word that it matters."""
     for path in ("/v1/jobs", f"/v1/files/{file_id}/content", "/nowhere", "/"):
         answer = site.get(path, Origin=origin)
-        assert (grants(answer), answer.headers["Vary"]) == ({}, "Origin")
+        assert grants(answer) == {}
+        assert answer.headers["Vary"].split(", ")[-1] == "Origin"
     asked = {"Origin": origin, **ASKED}
     answer = site.request("OPTIONS", "/v1/jobs", headers=asked)
     assert (answer.status, grants(answer)) == (204, {})

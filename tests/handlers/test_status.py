@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
 import socket
 
 import pytest
 
 from errors import CATALOGUE
 from tests.handlers.clients import UUID7, Caller
-from tests.harness import ROOT, Server, eventually
+from tests.harness import Server, eventually
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/readyz"])
@@ -124,31 +123,6 @@ def test_the_page_runs_nothing_foreign(site: Server, path: str) -> None:
     assert "unsafe" not in policy
     assert answer.headers["Cache-Control"] == "no-cache"
     assert site.get(path, If_None_Match=answer.headers["Etag"]).status == 304
-
-
-STATIC = ROOT / "static"
-
-
-@pytest.mark.parametrize("name", sorted(path.name for path in STATIC.iterdir()))
-@pytest.mark.parametrize("takes", ["gzip, deflate, br", "identity", "gzip;q=0, *", "*;q=0.5"])
-def test_files_of_the_page_are_compressed(site: Server, name: str, takes: str) -> None:
-    """Each file comes as gzip to who takes it, and as it is to others; each has its own tag."""
-    answer = site.get(f"/static/{name}", Accept_Encoding=takes)
-    packed = answer.headers.get("Content-Encoding") == "gzip"
-    assert packed == (takes in ("gzip, deflate, br", "*;q=0.5"))
-    whole = (STATIC / name).read_bytes()
-    assert (gzip.decompress(answer.body) if packed else answer.body) == whole
-    assert answer.headers["Vary"] == "Accept-Encoding"
-    assert int(answer.headers["Content-Length"]) == len(answer.body)
-    types = {"html": "text/html", "js": "text/javascript", "css": "text/css", "svg": "image/svg"}
-    assert answer.headers["Content-Type"].startswith(types[name.rpartition(".")[2]])
-    tag = answer.headers["Etag"]
-    head = site.request("HEAD", f"/static/{name}", headers={"Accept-Encoding": takes})
-    assert (head.status, head.headers["Etag"], head.body) == (200, tag, b"")
-    again = site.get(f"/static/{name}", Accept_Encoding=takes, If_None_Match=tag)
-    assert (again.status, again.body) == (304, b"")
-    other = site.get(f"/static/{name}", Accept_Encoding="" if packed else "gzip")
-    assert other.headers["Etag"] != tag
 
 
 @pytest.mark.parametrize(
