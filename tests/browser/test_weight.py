@@ -72,13 +72,13 @@ def test_weight_is_within_the_budget(shared: Busy, page: Page) -> None:
     for view in ("files", "processes", "overview", f"job={shared.ids['log']}"):
         page.evaluate("(hash) => { location.hash = hash }", view)
         settled(page)
-    paths = {"/", "/static/socket.js"}  # the worker is not one of the page's own requests
+    paths = {"/static/index.html", "/static/socket.js"}  # the worker's is not a request of the page
     paths |= {
         url.removeprefix(shared.server.url) for url in asked if re.search(r"\.(js|css)$", url)
     }
-    assert paths == {"/", "/static/main.js", "/static/socket.js", "/static/sluice.css"}
-    sizes = {path: len(shared.server.get(path, Accept_Encoding="gzip").body) for path in paths}
-    assert sum(sizes.values()) <= BUDGET_BYTES, sizes
+    assert paths == {f"/static/{name}" for name in LOADED}
+    sizes = [len(shared.server.get(path, Accept_Encoding="gzip").body) for path in paths]
+    assert sum(sizes) == weight_bytes() <= BUDGET_BYTES
 
 
 def test_nothing_comes_from_elsewhere(shared: Busy, page: Page) -> None:
