@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.browser.busy import Busy, busy
-from tests.browser.measure import NOTES, PENDING, settled
+from tests.browser.measure import LOADED, NOTES, PENDING, settled, weight_bytes
 from tests.browser.pages import DOWN, row
 from tests.harness import ROOT, Server
 
