@@ -21,7 +21,10 @@ export class FilesView {
       history.replaceState(null, "", `#files?${query(["q", this.search.value])}`);
       this.load(true);
     }) });
-    this.all = el("input", { type: "checkbox", "aria-label": words.many.all, onchange: () => this.pickAll(this.all.checked) });
+    this.all = el("input", { type: "checkbox", "aria-label": words.many.all, onchange: () => {
+      for (const { box } of this.shown) box.checked = this.all.checked;
+      this.count();
+    } });
     this.picked = el("span", { class: "many-text" });
     this.fresh = button("", () => this.load(true), { class: "fresh", hidden: true });
     this.acts = ["export", "archive", "process", "delete"].map((op) => button(say[op], () => this[op](this.chosen)?.catch((error) => notice(reason(error), true)), { class: op === "delete" && "danger" }));
@@ -60,20 +63,13 @@ export class FilesView {
     this.fresh.hidden = now || !fresh || !this.list.matches(":hover, :focus-within");
     setText(this.fresh, say.fresh(fresh));
     if (!this.fresh.hidden) return;
-    const ids = new Set(files.map(({ id }) => id));
-    for (const [id, { node }] of this.rows) {
-      if (ids.has(id)) continue;
-      this.leave(node);
-      node.remove();
-      this.rows.delete(id);
-    }
-    let at = this.list.firstChild;
-    for (const file of files) {
-      if (!this.rows.has(file.id)) this.rows.set(file.id, this.row(file));
-      const { node } = this.rows.get(file.id);
-      if (node === at) at = at.nextSibling;
-      else this.list.insertBefore(node, at);
-    }
+    const rows = new Map(files.map((file) => [file.id, this.rows.get(file.id) ?? this.row(file)]));
+    for (const [id, { node }] of this.rows) if (!rows.has(id)) this.leave(node);
+    const { activeElement } = document;
+    // Untouched if nothing differs: a click may be under way.
+    if (String([...rows.keys()]) !== String([...this.rows.keys()])) this.list.replaceChildren(...[...rows.values()].map(({ node }) => node));
+    activeElement.focus({ preventScroll: true });
+    this.rows = rows;
     this.more.hidden = !next;
     this.count();
   }
@@ -100,17 +96,16 @@ export class FilesView {
     return { file, node, box };
   }
 
-  get chosen() {
-    return [...this.rows.values()].filter(({ box, node }) => box.checked && !node.hidden).map(({ file }) => file);
+  get shown() {
+    return [...this.rows.values()].filter(({ node }) => !node.hidden);
   }
 
-  pickAll(on) {
-    for (const { box } of this.rows.values()) box.checked = on;
-    this.count();
+  get chosen() {
+    return this.shown.filter(({ box }) => box.checked).map(({ file }) => file);
   }
 
   pick({ target, shiftKey }) {
-    const boxes = [...this.list.querySelectorAll(":scope > :not([hidden]) > .kind input")];
+    const boxes = this.shown.map(({ box }) => box);
     const [at, last] = [boxes.indexOf(target), boxes.indexOf(this.last)];
     if (at < 0) return;
     if (shiftKey && last >= 0) for (const box of boxes.slice(Math.min(at, last), Math.max(at, last))) box.checked = target.checked;
@@ -119,14 +114,14 @@ export class FilesView {
   }
 
   count() {
-    const { chosen: { length: n }, rows, search, all } = this;
+    const { chosen, chosen: { length: n }, shown, all } = this;
     this.bar.classList.toggle("on", n);
     all.checked = n;
-    setText(this.picked, n ? say.picked(n, size(this.chosen)) : words.many.all);
+    setText(this.picked, n ? say.picked(n, size(chosen)) : words.many.all);
     if (!n && this.bar.contains(document.activeElement)) all.focus();
-    this.list.hidden = [...rows.values()].every(({ node }) => node.hidden);
-    this.empty.hidden = !this.list.hidden;
-    setText(this.empty, search.value ? say.none : words.empty.files);
+    this.list.hidden = !shown.length;
+    this.empty.hidden = shown.length;
+    setText(this.empty, this.search.value ? say.none : words.empty.files);
   }
 
   // The focus of a row that goes is its neighbour's.
