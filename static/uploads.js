@@ -1,4 +1,4 @@
-// Files on their way from this tab to the server, over tus: after any failure from where the server stands.
+// Files on their way to the server, over tus; after any failure they go on where it stands.
 
 import { button, el, later, notice, setText } from "./dom.js";
 import { isFinal, reason } from "./store.js";
@@ -13,7 +13,6 @@ const PATIENCE_MS = 4000;
 const say = words.uploads;
 const base64 = (text) => btoa(String.fromCharCode(...new TextEncoder().encode(text)));
 
-// crypto.subtle is missing on plain http; and this only finds.
 async function fingerprint(file) {
   const samples = [];
   for (let at = 0; at < file.size; at += Math.max(SAMPLE, (file.size - SAMPLE) / 16)) samples.push(file.slice(at, at + SAMPLE));
@@ -25,8 +24,8 @@ async function fingerprint(file) {
 export class Uploads {
   constructor(app) {
     this.app = app;
-    this.items = []; // each waiting, sending, failed, done or gone
-    this.block = Infinity; // bytes in a request, once a proxy has shown that it needs a bound
+    this.items = []; // waiting, sending, failed, done or gone
+    this.block = Infinity;
     this.node = el("section", { class: "sending", "aria-label": say.label, hidden: true },
       el("div", {}, this.text = el("span"), this.hold = button("", () => this.all(this.held ? "resume" : "pause")), this.stop = button("", () => {
         this.node.hidden = !this.busy.length;
@@ -53,7 +52,6 @@ export class Uploads {
     return this.busy.find((item) => item.label === row.client);
   }
 
-  // The fingerprint of the file that can go on with a job.
   isMine(row) {
     return row.kind === "upload" && /\.(\w+-\w+)\.\w+$/.exec(row.client)?.[1];
   }
@@ -77,7 +75,6 @@ export class Uploads {
     this.next();
   }
 
-  // False if it is another file.
   async goOn(row, file) {
     const same = await fingerprint(file).catch(() => "") === this.isMine(row);
     if (same && !this.of(row)) this.add([file], row.client);
@@ -104,7 +101,7 @@ export class Uploads {
     this.next();
   }
 
-  // Until it is stored; null if its row says why it is not, else a text says it.
+  // Its outcome: nothing if it is stored, null if the row says why not, else a text that does.
   async run(item) {
     const { file } = item;
     for (let tries = 0; ;) {
@@ -115,7 +112,7 @@ export class Uploads {
       const { status, response } = xhr;
       item.at = null;
       if (response?.code === "upload-taken-over") return say.elsewhere;
-      if (status >= 200 && status < 300) {
+      if (status && status < 300) {
         item.at = Number(xhr.getResponseHeader("Upload-Offset"));
         if (item.at === file.size) return;
         if (at !== null) tries = 0;
@@ -190,7 +187,6 @@ export class Uploads {
     }
   }
 
-  // Each second that the server is heard. What has left but not come is collected by a proxy.
   beat() {
     const now = performance.now();
     for (const item of this.those("sending")) {
@@ -253,7 +249,7 @@ export async function dropped({ items }) {
     }
   };
   // All of them now: the browser forgets the drop.
-  for (const entry of [...items].filter((item) => item.kind === "file").map((item) => item.webkitGetAsEntry() ?? item.getAsFile())) await walk(entry);
+  for (const entry of [...items].map((item) => item.webkitGetAsEntry() ?? item.getAsFile())) if (entry) await walk(entry);
   if (left.length) notice(say.left(...left), true);
   return files;
 }
