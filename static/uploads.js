@@ -224,7 +224,7 @@ export class Uploads {
     setText(this.text, busy ? say.sum(busy + done.length, done.length, waiting.length, format.pair(this.sum, all, "bytes") + pace)
       : say.done(done.length, format.bytes(this.sum)));
     setText(this.hold, held ? say.resumeAll : say.pauseAll);
-    this.hold.disabled = !busy;
+    this.hold.style.visibility = busy ? "" : "hidden";
     setText(this.stop, busy ? say.cancelAll : words.dismiss);
     setText(this.sub, failed.length ? say.failed(failed.length, failed[0].file.name)
       : sending.some((item) => item.wake) ? say.lost : held ? say.held : say.safe);
