@@ -1,5 +1,4 @@
-// Every word of the page, and how it writes numbers: a translation is this file. A failure says what happened, what
-// became of the data and what to do; the server's sentence comes first, and `next` replaces its advice to programs.
+// All words, and how numbers are written: a translation is this file. `next` replaces the server's advice to programs.
 
 export const words = {
   title: "Sluice",
@@ -34,14 +33,14 @@ export const words = {
     never: "The server does not answer.",
     again: (s) => (s > 0 ? `Reconnecting in ${s} s` : "Reconnecting …"),
     now: "Try now",
-    ended: "The server has closed this channel. Reload the page.",
-    crowded: "Too many pages are open. Close some, then reload this one.",
+    ended: "The server has closed this channel.",
+    crowded: "Too many pages are open. Close some.",
     reload: "Reload",
     away: (...n) => "While you were away: " + ["done", "failed", "cancelled"].map((what, i) => n[i] && `${n[i]} ${what}`).filter(Boolean).join(", ") + ".",
     see: "Show",
   },
   back: "Connected again.",
-  unanswered: "The connection broke before the answer: nobody knows whether it was done.",
+  unanswered: "No answer came: nobody knows whether it was done.",
   offline: "There is no connection to the server.",
 
   now: {
@@ -88,7 +87,7 @@ export const words = {
 
   empty: {
     title: "Nothing here yet",
-    text: "Upload files of any size, or start a process.",
+    text: "Upload a file, or start a process.",
     curl: "Or from a terminal:",
     files: "No files yet. What is uploaded or made is kept here.",
   },
@@ -134,7 +133,7 @@ export const words = {
   cancelled: (who) => `Cancelled ${who}.`,
   gone: "Nothing is left of it.",
   took: (amount, time) => `${amount} in ${time}`,
-  expired: "It was not finished in time.",
+  expired: "Not finished in time.",
 
   next: {
     "client-gone": "Nothing was kept; send it again.",
@@ -160,8 +159,8 @@ export const words = {
     other: (name) => `That is not the ${name} of before.`,
     elsewhere: "It is being sent from another tab or browser just now, and is left alone.",
     unreadable: "It has changed or can no longer be read. Choose it again.",
-    ended: "The server no longer knows this upload.",
-    limit: "A proxy lets only small requests pass (nginx: client_max_body_size 0).",
+    ended: "The server no longer knows it.",
+    limit: "A proxy lets only small requests pass (client_max_body_size).",
     collected: "Something between you and the server collects uploads before it passes them on: progress comes late, and a pause does not hold the sender. They go on in small blocks. nginx needs proxy_request_buffering off; see docs/proxies.md.",
     left: (name, ...more) => name + (more.length ? ` and ${more.length} more` : "") + " can't be read, or is too much at once.",
   },
@@ -200,7 +199,7 @@ export const words = {
     priority: "the higher the earlier",
     chain: "Then start …",
     then: "Then",
-    result: "What the process before makes",
+    result: "The result before",
     without: "Without this one",
     start: "Start",
     jobs: (n) => `Starts ${n} jobs.`,
@@ -235,7 +234,7 @@ export const words = {
     skipped: (n) => `… ${n} lines skipped`,
     more: (n) => `… ${n} more`,
     follow: (n) => (n ? `Follow: ${n} new` : "Follow"),
-    unknown: (id) => `There is no job ${id} here. It may have been removed.`,
+    unknown: (id) => `There is no job ${id} here.`,
     removed: (name) => `${name} was removed from the list. Its files are kept.`,
     safe: { true: "Nothing of it is kept.", false: "Stored files are as they were." },
     here: "in this browser",
@@ -245,7 +244,7 @@ export const words = {
       pause: "paused", run: "resumed", cancel: "cancelled", command: "changed", claimed: "got a slot", checkpoint: "at a safe point",
       done: "finished", error: "went wrong", undone: "all is undone", due: "time has come", after: "others have ended",
       deadline: "took too long", crash: "the server had crashed", shutdown: "the server stopped", expired: "not finished in time",
-      "client-gone": "the sender has gone", stalled: "nothing came", "client-back": "the sender is back", "taken-over": "a newer request goes on",
+      "client-gone": "the sender has gone", stalled: "nothing came", "client-back": "the sender is back", "taken-over": "by a newer request",
     },
   },
 
@@ -265,8 +264,7 @@ export const words = {
   notices: "Notices",
 };
 
-// Numbers and dates over Intl. A pair of sizes shares its unit, a time left is an interval, and what is not known is
-// an empty string, never a guess. SI units, as disks are sold.
+// A pair of sizes shares its unit, a time left is an interval, and what is not known is an empty string.
 
 const NB = "\u00a0";
 const numbers = (options) => new Intl.NumberFormat(undefined, options);
