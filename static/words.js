@@ -1,4 +1,4 @@
-// All words, and how numbers are written: a translation is this file. `next` replaces the server's advice to programs.
+// All words, and how numbers are written: a translation is this file.
 
 export const words = {
   title: "Sluice",
@@ -106,7 +106,7 @@ export const words = {
   removed: (name) => `${name} removed.`,
   refused: (act, why) => `${act} did not work: ${why}`,
 
-  phase: { receiving: "", waiting: "Waits for the other parts", joining: "Joining the parts", checking: "Checking", publishing: "" },
+  phase: { receiving: "", waiting: "Waits for other parts", joining: "Joining the parts", checking: "Checking", publishing: "" },
   units: { rows: "rows", steps: "steps", files: "files" },
   soFar: (amount) => `${amount} so far`,
   part: (done, total) => `${done} of ${total}`,
@@ -157,12 +157,12 @@ export const words = {
     drop: "Give up",
     twice: (name, ...more) => name + (more.length ? ` and ${more.length} more are` : " is") + " on the way already.",
     other: (name) => `That is not the ${name} of before.`,
-    elsewhere: "It is being sent from another tab or browser just now, and is left alone.",
+    elsewhere: "It is being sent from another tab or browser just now.",
     unreadable: "It has changed or can no longer be read. Choose it again.",
     ended: "The server no longer knows it.",
     limit: "A proxy lets only small requests pass (client_max_body_size).",
-    collected: "Something between you and the server collects uploads before it passes them on: progress comes late, and a pause does not hold the sender. They go on in small blocks. nginx needs proxy_request_buffering off; see docs/proxies.md.",
-    left: (name, ...more) => name + (more.length ? ` and ${more.length} more` : "") + " can't be read, or is too much at once.",
+    collected: "Something between you and the server collects uploads: progress comes late, and a pause does not hold the sender. nginx needs proxy_request_buffering off.",
+    left: (name, ...more) => name + (more.length ? ` and ${more.length} more` : "") + " can't be read.",
   },
 
   files: {
@@ -264,7 +264,6 @@ export const words = {
   notices: "Notices",
 };
 
-// A pair of sizes shares its unit, a time left is an interval, and what is not known is an empty string.
 
 const NB = "\u00a0";
 const numbers = (options) => new Intl.NumberFormat(undefined, options);
