@@ -1,5 +1,7 @@
 // All words, and how numbers are written: a translation is this file.
 
+const counted = (n, what) => `${n} ${what}${String(n) === "1" ? "" : "s"}`;
+
 export const words = {
   title: "Sluice",
   views: { jobs: "Jobs", files: "Files", processes: "Processes", overview: "Overview" },
@@ -49,9 +51,9 @@ export const words = {
     out: "Out",
     running: "Running",
     free: "Free",
-    slots: (n) => `of ${n} ${n === 1 ? "slot" : "slots"}`,
+    slots: (n) => `of ${counted(n, "slot")}`,
     waiting: (paused, queued) => `${paused} paused · ${queued} queued`,
-    stored: (size, n) => `${size} stored · ${n} ${n === "1" ? "file" : "files"}`,
+    stored: (size, n) => `${size} stored · ${counted(n, "file")}`,
   },
 
   drop: {
@@ -75,7 +77,7 @@ export const words = {
     all: "Select all",
     picked: (n, more) => `${more ? "All" : n} selected`,
     clear: "Clear",
-    jobs: (n) => (n === 1 ? "1 job" : `${n || "All"} jobs`),
+    jobs: (n) => counted(n || "All", "job"),
     done: (act, n, failed, why) => `${act}: ${n} done.` + (failed ? ` ${failed} not: ${why}` : ""),
   },
   search: "Search",
@@ -143,8 +145,8 @@ export const words = {
 
   uploads: {
     label: "Uploads of this tab",
-    sum: (n, done, waiting, rest) => `Uploading ${n} files: ${done} done, ${waiting} waiting · ${rest}`,
-    done: (n, size) => `Uploaded ${n} files · ${size}`,
+    sum: (n, done, waiting, rest) => `Uploading ${counted(n, "file")}: ${done} done, ${waiting} waiting · ${rest}`,
+    done: (n, size) => `Uploaded ${counted(n, "file")} · ${size}`,
     pauseAll: "Pause all",
     resumeAll: "Resume all",
     cancelAll: "Cancel all",
@@ -169,7 +171,7 @@ export const words = {
     export: "Export", archive: "Archive", process: "Start a process", delete: "Delete",
     deleted: (n, name) => (n > 1 ? `${n} files` : name) + " deleted.",
     more: "Show older files",
-    fresh: (n) => `${n} new ${n === 1 ? "file" : "files"}`,
+    fresh: (n) => counted(n, "new file"),
     none: "No file matches.",
     picked: (n, size) => `${n} selected · ${size}`,
     version: (n) => `v${n}`,
