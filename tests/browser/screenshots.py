@@ -137,6 +137,7 @@ def lively(server: Server, folder: Path, pages: Pages) -> None:
         stack.enter_context(fetching(server, file, "3M"))
         percent(page, "orders-2026.csv", 60)
         page.get_by_role("button", name="Pause orders-2026.csv").click()
+        page.mouse.move(5, 840)
         expect(page.locator("li.paused")).to_contain_text("paused by you")
         percent(page, "Count the samples", 20)
         pages.take("jobs", "jobs")
