@@ -42,7 +42,7 @@ document.body.prepend(
     button("?", help, { class: "quiet", "aria-label": words.help.title, title: words.help.title })),
   banner.node, main, picker, liveRegion, noticeShelf, shade);
 
-let view = views.jobs;
+let view;
 
 function go(hash) {
   views.jobs.expect();
@@ -54,7 +54,7 @@ function route() {
   const [asked, query] = location.hash.slice(1).split("?");
   const job = asked.match(/^job=(.+)/)?.[1];
   const name = job ? "job" : asked in NAV ? asked : "jobs";
-  view.hide?.();
+  view?.hide?.();
   view = views[name];
   for (const one of Object.values(views)) one.node.hidden = one !== view;
   for (const link of links) setAttr(link, "aria-current", link.hash === `#${name}` && "page");

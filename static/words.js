@@ -268,8 +268,13 @@ export const words = {
 
 
 const NB = "\u00a0";
-const numbers = (options) => new Intl.NumberFormat(undefined, options);
-const dates = (options) => new Intl.DateTimeFormat(undefined, options);
+// Made when first used: while they are, the connection is opened already.
+const made = (kind) => (options) => {
+  let one;
+  return { format: (value) => (one ??= new Intl[kind](undefined, options)).format(value) };
+};
+const numbers = made("NumberFormat");
+const dates = made("DateTimeFormat");
 const whole = numbers({ maximumFractionDigits: 0 });
 const short = numbers({ maximumSignificantDigits: 2 });
 const tenth = numbers({ minimumFractionDigits: 1, maximumFractionDigits: 1 });
