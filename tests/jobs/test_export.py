@@ -662,7 +662,7 @@ def test_no_interruption_changes_a_byte(
 
 
 @pytest.mark.parametrize("what", ["pause", "save"])
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", FORMATS if FULL else FORMATS[::3])
 def test_an_interruption_at_each_checkpoint(
     tmp_path: Path, small_blocks: None, monkeypatch: pytest.MonkeyPatch, format: str, what: str
 ) -> None:
@@ -889,7 +889,7 @@ def test_over_http(server: Server) -> None:
         ("jsonl", ["checkpoint:40", "ending:1"]),
         ("csv.gz", ["written:2", "checkpoint:90"]),
         ("jsonl.gz", ["saved:1", "written:3"]),
-    ],
+    ][:: 1 if FULL else 3],
 )
 def test_killed_at_exact_moments(serve: Serve, format: str, points: list[str]) -> None:
     """kill -9 between any two steps, and a cold pause: the same bytes, and no leftovers."""
