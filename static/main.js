@@ -34,7 +34,7 @@ const views = app.views = { jobs: new JobsView(app), files: new FilesView(app), 
 
 const links = Object.entries(NAV).map(([name, sign]) => el("a", { href: `#${name}` }, icon(sign), words.views[name]));
 const main = el("main", { tabindex: -1 }, Object.values(views).map((one) => one.node));
-const picker = el("input", { type: "file", hidden: true, id: "picker", onchange: picked });
+const picker = el("input", { type: "file", multiple: true, hidden: true, id: "picker", onchange: picked });
 const shade = el("div", { class: "shade", hidden: true }, icon("drop"), words.drop.here);
 document.body.prepend(
   el("header", {}, el("a", { class: "skip", href: "#", onclick: (event) => { event.preventDefault(); main.focus(); } }, words.skip),
@@ -93,7 +93,7 @@ function dragged(event, over) {
   shade.hidden = !over;
   if (event.type === "drop") dropped(event.dataTransfer).then(take);
 }
-addEventListener("dragover", (event) => dragged(event, true));
+for (const type of ["dragenter", "dragover"]) addEventListener(type, (event) => dragged(event, true));
 addEventListener("dragleave", (event) => { if (!event.relatedTarget) shade.hidden = true; });
 addEventListener("drop", (event) => dragged(event, false));
 addEventListener("paste", ({ clipboardData: { files } }) => take([...files]));

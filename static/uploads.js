@@ -220,14 +220,14 @@ export class Uploads {
     const all = bytes([...waiting, ...sending, ...done]);
     this.sum = sending.reduce((sum, item) => sum + (this.rowOf(item)?.progress.done ?? item.at ?? 0), bytes(done));
     const s = (all - this.sum) / this.rate;
-    const pace = this.rate > 1 ? ` · ${format.rate(this.rate, "bytes")} · ${format.left([s, s])}` : "";
+    const pace = this.rate > 1 && this.app.channel.state === "live" ? ` · ${format.rate(this.rate, "bytes")} · ${format.left([s, s])}` : "";
     setText(this.text, busy ? say.sum(busy + done.length, done.length, waiting.length, format.pair(this.sum, all, "bytes") + pace)
       : say.done(done.length, format.bytes(this.sum)));
     setText(this.hold, held ? say.resumeAll : say.pauseAll);
     this.hold.style.visibility = busy ? "" : "hidden";
     setText(this.stop, busy ? say.cancelAll : words.dismiss);
     setText(this.sub, failed.length ? say.failed(failed.length, failed[0].file.name)
-      : sending.some((item) => item.wake) ? say.lost : held ? say.held : say.safe);
+      : sending.some((item) => item.wake) ? say.lost : held ? say.held : busy ? say.safe : "");
   }
 }
 
