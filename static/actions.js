@@ -88,14 +88,14 @@ export function fetchable(row) {
 const quote = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
 // The command line that does the same again; of a job as GET /v1/jobs/{id} tells it, with its parameters.
-export function curlOf(job) {
+function curlOf(job) {
   const at = location.origin;
   if (job.kind === "upload") return `curl -F file=@${quote(job.name)} ${at}/upload`;
   const [body, path] = isTransfer(job) ? [{ filename: job.name }, "export"] : [{ kind: job.kind, params: job.params ?? {}, name: job.name }, "v1/jobs"];
   return `curl ${isTransfer(job) ? "-OJ " : ""}-H 'Content-Type: application/json' -d ${quote(JSON.stringify(body))} ${at}/${path}`;
 }
 
-export const detailsOf = (row) => json(`/v1/jobs/${row.id}`).catch(() => row);
+const detailsOf = (row) => json(`/v1/jobs/${row.id}`).catch(() => row);
 
 // For openMenu.
 export function menuItems(app, row) {

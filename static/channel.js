@@ -12,7 +12,7 @@ const GONE_MS = 5000; // then the worker has crashed
 
 const random = () => crypto.getRandomValues(new Uint32Array(4)).join("-");
 
-export class CommandError extends Error {
+class CommandError extends Error {
   constructor({ code, msg, next = "", field }) {
     super(msg);
     Object.assign(this, { code, next, field });

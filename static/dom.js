@@ -18,7 +18,7 @@ function fill(node, props, children) {
 }
 
 export const el = (tag, props, ...children) => fill(document.createElement(tag), props, children);
-export const svg = (tag, props, ...children) => fill(document.createElementNS("http://www.w3.org/2000/svg", tag), props, children);
+const svg = (tag, props, ...children) => fill(document.createElementNS("http://www.w3.org/2000/svg", tag), props, children);
 export const button = (label, onclick, props) => el("button", { type: "button", onclick, ...props }, label);
 export const part = (title, ...rest) => el("section", {}, el("h2", {}, title), ...rest);
 

@@ -1,7 +1,7 @@
 // The view that starts processes, and the form that a kind's JSON Schema becomes, here and in dialogs. What is left
 // empty is not sent; what is refused is said at its field.
 
-import { announce, button, el, icon, notice, setText } from "./dom.js";
+import { announce, button, el, notice, setText } from "./dom.js";
 import { json, reason } from "./store.js";
 import { words } from "./words.js";
 

@@ -68,7 +68,7 @@ function running(row, app, said) {
 
 // look: running, paused, failed, queued, done, still, away or stalled; bar: 0 to 1, null for unknown,
 // undefined for none.
-export function describe(row, app) {
+function describe(row, app) {
   const { progress: { done, total, unit }, state, rollback, by } = row;
   const part = fraction(row);
   const final = isFinal(row);
