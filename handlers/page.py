@@ -88,10 +88,16 @@ def _sent(path: Path) -> bytes:
     return path.read_bytes()
 
 
+def _stamps(paths: list[Path]) -> list[tuple[int, int]]:
+    found = [os.stat(path) for path in paths]
+    return [(one.st_mtime_ns, one.st_size) for one in found]
+
+
 class _Version(NamedTuple):
     """A file of the dashboard as it is now, in both encodings."""
 
-    changed: tuple[int, ...]
+    parts: list[Path]  # the files that it is made of
+    changed: list[tuple[int, int]]  # their times and sizes
     tag: str
     plain: bytes
     packed: bytes
@@ -149,14 +155,13 @@ class PageHandler(WithOptions, StaticFileHandler):
     @classmethod
     def version(cls, path: Path) -> _Version:
         """A file as it is sent now."""
-        parts = modules(path) if path.name == _START else [path]
-        found = [os.stat(part) for part in parts]
-        changed = tuple(n for one in found for n in (one.st_mtime_ns, one.st_size))
         known = cls._versions.get(path)
-        if known is None or known.changed != changed:
+        if known is None or known.changed != _stamps(known.parts):
+            parts = modules(path) if path.name == _START else [path]
+            changed = _stamps(parts)  # before they are read: what changes meanwhile is seen next
             plain = _sent(path)
             tag = sha256(plain).hexdigest()[:16]
-            known = _Version(changed, tag, plain, gzip.compress(plain, 9, mtime=0))
+            known = _Version(parts, changed, tag, plain, gzip.compress(plain, 9, mtime=0))
             cls._versions[path] = known
         return known
 

@@ -12,8 +12,8 @@ from errors import SluiceError
 from jobs.files import Files
 from jobs.kinds._records import Records, Row, open_records, source_of
 from jobs.kinds._tables import TableRecords
-from jobs.kinds._where import Judge, WhereError, columns_of, compile_test, count_of, parse
-from jobs.tables import TABLE
+from jobs.kinds._where import Judge, columns_of, compile_test, count_of
+from jobs.tables import TABLE, read_filter
 from storage import File
 
 _SLICE_S = 0.002
@@ -84,12 +84,7 @@ def _filter(records: Records, where: str | None) -> tuple[Judge | None, int]:
     """The filter, and how many tests it has."""
     if where is None:
         return None, 0
-    try:
-        test = parse(where)
-    except WhereError as error:
-        raise SluiceError(
-            "invalid-field", f"where is no filter: {error}.", field="where"
-        ) from error
+    test = read_filter(where)
     _check("where", columns_of(test), records)
     return compile_test(test, records), count_of(test)
 

@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 from errors import SluiceError
 from jobs.kinds import Column
 from jobs.kinds._tables import TableCells
-from jobs.kinds._where import WhereError, columns_of, compile_test, count_of, parse
+from jobs.kinds._where import Test, WhereError, columns_of, compile_test, count_of, parse
 from storage import Reader
 from storage.tables import TableReader
 
@@ -25,6 +25,16 @@ _SLICE_S = 0.002
 _STEP_TESTS = 2000  # rows x tests between two looks at the clock
 _MOST_ROWS = 50_000  # looked at for one page
 _MOST_BYTES = 4 << 20  # of texts on one page
+
+
+def read_filter(where: str) -> Test:
+    """A filter as a request brings it. Raises invalid-field."""
+    try:
+        return parse(where)
+    except WhereError as error:
+        raise SluiceError(
+            "invalid-field", f"where is no filter: {error}.", field="where"
+        ) from error
 
 
 class Rows(NamedTuple):
@@ -115,12 +125,7 @@ class Table:
         """The columns that a filter needs, how it is made, and its tests."""
         if where is None:
             return [], lambda cells: lambda row: True, 0
-        try:
-            test = parse(where)
-        except WhereError as error:
-            raise SluiceError(
-                "invalid-field", f"where is no filter: {error}.", field="where"
-            ) from error
+        test = read_filter(where)
         names = columns_of(test)
         for name in names:
             if name not in self._known:

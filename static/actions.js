@@ -65,11 +65,14 @@ function remove(app, ids, name, filter) {
   const back = () => show("delete");
   show("add");
   later(words.removed(name), async () => {
+    const failed = [];
     try {
-      for (const body of filter ? [{ filter }] : chunks(ids).map((some) => ({ ids: some }))) { // which is carried through while the page is left
-        const { failed } = await json("/v1/jobs/delete", { method: "POST", keepalive: true, body: JSON.stringify(body) });
-        if (failed?.length) throw new Error(failed[0].problem.detail);
+      for (const body of filter ? [{ filter }] : chunks(ids).map((some) => ({ ids: some }))) {
+        // keepalive: it is carried through while the page is left
+        const answer = await json("/v1/jobs/delete", { method: "POST", keepalive: true, body: JSON.stringify(body) });
+        failed.push(...(answer.failed ?? []));
       }
+      if (failed.length) throw new Error(failed[0].problem.detail);
     } catch (error) {
       notice(words.refused(words.act.delete, reason(error)), true);
     }

@@ -27,17 +27,15 @@ const EXPECT_MS = 2000;
 class Tiles {
   constructor() {
     this.node = el("section", { class: "flow", "aria-label": words.now.label }, ["in", "out", "running", "free"].map((key, i) => {
-      const tile = this[key] = { big: el("b", {}, "–"), values: [], spark: new Spark(), small: el("span") };
+      const tile = this[key] = { big: el("b", {}, "–"), spark: new Spark(), small: el("span") };
       return el("div", { class: "tile" }, el("span", {}, words.now[key]), tile.big, i < 2 ? tile.spark.node : tile.small);
     }));
   }
 
-  show(now, { paused = 0, queued = 0, scheduled = 0 }) {
+  show({ now, flow, counts: { paused = 0, queued = 0, scheduled = 0 } }) {
     for (const key of ["in", "out"]) {
-      const value = now[`${key}_bytes_per_s`];
-      const tile = this[key];
-      setText(tile.big, format.rate(value, "bytes"));
-      tile.spark.set(tile.values = [...tile.values, value].slice(-60));
+      setText(this[key].big, format.rate(flow[key].at(-1), "bytes"));
+      this[key].spark.set(flow[key]);
     }
     this.running.big.replaceChildren(format.count(now.running), el("small", {}, words.now.slots(now.slots)));
     setText(this.running.small, words.now.waiting(format.count(paused), format.count(queued + scheduled)));
@@ -133,7 +131,7 @@ export class JobsView {
 
   changed({ rows, counts, now, event }) {
     if (now) {
-      this.tiles.show(this.app.store.now, this.app.store.counts);
+      this.tiles.show(this.app.store);
       // Time passes in rows that nothing is said about: away, still, queued.
       for (const [id, { row }] of this.rows) if (row && ["running", "queued"].includes(row.state)) this.dirty.add(id);
     }

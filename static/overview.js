@@ -1,14 +1,11 @@
-// The view of the whole service: what moves, runs, waits, and is free.
-//
-// Strategy: numbers are kept each second, whatever is shown; in sight, the view is made anew from them and
-// what differs is put in. What is drawn stands beside it as text.
+// The view of the whole service: what moves, runs, waits, and is free. It is made anew each second, and what differs
+// is put in. What is drawn stands beside it as text.
 
 import { Spark, el, morph, part } from "./dom.js";
 import { format, words } from "./words.js";
 
 const say = words.overview;
 const SAMPLES = 60;
-const GAP_MS = 5000; // without a number; then the line begins anew
 
 const line = (text, n = "", share = null) =>
   el("p", {}, el("span", {}, text), el("b", {}, n), share === null ? "" : el("progress", { value: share, "aria-hidden": "true" }));
@@ -21,23 +18,13 @@ function bars(counts) {
 export class Overview {
   constructor({ store }) {
     this.store = store;
-    this.values = { in: [], out: [] };
     this.node = el("div", { class: "overview" });
-    store.listen(({ now }) => now && this.sample(performance.now()));
-  }
-
-  sample(at) {
-    for (const [name, values] of Object.entries(this.values)) {
-      if (at - this.at > GAP_MS) values.length = 0;
-      if (values.push(this.store.now[`${name}_bytes_per_s`]) > SAMPLES) values.shift();
-    }
-    this.at = at;
-    this.show();
+    store.listen(({ now }) => now && this.show());
   }
 
   flow(name) {
-    const values = this.values[name];
-    const spark = new Spark(SAMPLES);
+    const values = this.store.flow[name];
+    const spark = new Spark();
     spark.set(values);
     const rate = (value) => format.rate(value, "bytes");
     return part(words.now[name], el("b", { class: "big" }, rate(values.at(-1))), spark.node,

@@ -26,7 +26,7 @@ export function who(by, me) {
 
 const quietSince = (row) => Math.max(row.movedAt, row.toldAt);
 
-export function failure({ error, rollback }) {
+function failure({ error, rollback }) {
   return [error?.detail ?? error?.title, rollback && words.undone(rollback), words.next[error?.code] ?? error?.next].filter(Boolean).join(" ");
 }
 
@@ -42,7 +42,7 @@ function waits(row, app) {
   return words.waits.slot(running, slots, position);
 }
 
-function result({ kind, progress, started_at: from, ended_at: to, result: made }) {
+function result({ progress, started_at: from, ended_at: to, result: made }) {
   const { bytes, digests = {} } = made?.data ?? {};
   return [from && words.took(progress.done || !bytes ? format.amount(progress.done, progress.unit) : format.bytes(bytes), format.duration(format.between(from, to))),
     ...Object.entries(digests).map((pair) => format.digest(...pair))].filter(Boolean).join(" · ");

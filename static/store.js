@@ -9,6 +9,7 @@ const MOST = 10000;
 const FOUND = 500; // by one search
 const SAMPLES = 60;
 const STILL_MS = 5000;
+const GAP_MS = 5000; // without a number; then a line begins anew
 
 export const isFinal = (row) => FINAL.has(row.state);
 export const isTransfer = (row) => row.kind === "upload" || row.kind === "download";
@@ -36,6 +37,7 @@ export class Store {
   fresh = new Set(); // ids named since the snapshot began
   gone = new Set(); // ids of the deleted: REST may still name them
   away = null; // {state: n} of what ends meanwhile
+  flow = { in: [], out: [] }; // bytes a second, of the last minute
   listeners = new Set();
 
   // listen({rows: Set of ids | null for all, counts, now, event})
@@ -155,7 +157,13 @@ export class Store {
   }
 
   sample() {
-    const since = performance.now() - STILL_MS;
+    const at = performance.now();
+    for (const [name, values] of Object.entries(this.flow)) {
+      if (at - this.sampledAt > GAP_MS) values.length = 0;
+      if (values.push(this.now[`${name}_bytes_per_s`]) > SAMPLES) values.shift();
+    }
+    this.sampledAt = at;
+    const since = at - STILL_MS;
     for (const { state, rates, progress, movedAt, toldAt } of this.sorted) {
       if (state === "running" && rates.push((Math.max(movedAt, toldAt) > since && progress.rate_per_s) || 0) > SAMPLES) rates.shift();
     }

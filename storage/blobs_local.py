@@ -567,13 +567,14 @@ class LocalBlobs:
 
     async def free_bytes(self) -> int:
         """See the contract."""
-        return self._usage().free
+        return self._usage()[2]
 
     async def disk_bytes(self) -> int:
         """See the contract."""
-        return self._usage().total
+        return self._usage()[0]
 
-    def _usage(self) -> shutil._ntuple_diskusage:
+    def _usage(self) -> tuple[int, int, int]:
+        """Bytes of the disk: all, used, free."""
         try:
             return shutil.disk_usage(self._tmp)
         except OSError as error:
