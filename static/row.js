@@ -55,7 +55,7 @@ function running(row, app, said) {
   if (row.kind === "upload" && quiet > AWAY_MS && !["waiting", "joining", "checking", "publishing"].includes(phase)) {
     if (app.channel.state === "live") app.store.recheck(row, quietSince(row));
     if (transfer?.connected === false) {
-      const choose = app.uploads.isMine(row) && !app.uploads.of(row);
+      const choose = app.uploads.printOf(row) && !app.uploads.of(row);
       const how = choose ? "mine" : app.uploads.of(row) ? "here" : "other";
       return { ...said, look: "away", state: "away", choose, sub: words.away[how](format.bytes(transfer.stored_bytes)) };
     }

@@ -52,7 +52,8 @@ export class Uploads {
     return this.busy.find((item) => item.label === row.client);
   }
 
-  isMine(row) {
+  // The fingerprint of the file of an upload that this page can go on with.
+  printOf(row) {
     return row.kind === "upload" && /\.(\w+-\w+)\.\w+$/.exec(row.client)?.[1];
   }
 
@@ -76,7 +77,7 @@ export class Uploads {
   }
 
   async goOn(row, file) {
-    const same = await fingerprint(file).catch(() => "") === this.isMine(row);
+    const same = await fingerprint(file).catch(() => "") === this.printOf(row);
     if (same && !this.of(row)) this.add([file], row.client);
     return same;
   }
@@ -151,7 +152,7 @@ export class Uploads {
       const { store, me } = this.app;
       if (!this.knows) return { status: 0 };
       const row = item.label ? this.rowOf(item) : store.sorted.find((one) =>
-        this.isMine(one) === item.print && one.name.split("/").pop() === file.name.normalize() && !isFinal(one) && !this.of(one));
+        this.printOf(one) === item.print && one.name.split("/").pop() === file.name.normalize() && !isFinal(one) && !this.of(one));
       if (row && !item.sent) { // else only the answer was lost
         await store.recheck(row, {});
         if (row.transfer.connected) throw say.elsewhere;
