@@ -171,9 +171,13 @@ class Worker(Program):
         self._holding = True
         end = monotonic() + within_s
         try:
-            while not (done() or self._child.exited.done()) and (left_s := end - monotonic()) > 0:
-                if not await self.pump():
-                    await asyncio.wait([self.news()], timeout=left_s)
+            while (left_s := end - monotonic()) > 0:
+                over = done() or self._child.exited.done()
+                if await self.pump():  # after that look: so what it said at last is taken
+                    continue
+                if over:
+                    break
+                await asyncio.wait([self.news()], timeout=left_s)
         finally:
             self._holding = False
 
