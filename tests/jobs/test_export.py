@@ -268,29 +268,6 @@ def test_the_name_of_the_result(tmp_path: Path) -> None:
     asyncio.run(work())
 
 
-def test_the_result_expires(tmp_path: Path) -> None:
-    """The result has an end from its publication on, also if the job was killed in between."""
-
-    async def work() -> None:
-        world = a_world(tmp_path)
-        await world.open()
-        await put(world, "t.csv", b"a\n" + b"1\n" * 400_000)
-        job_id = await world.start("export", {"source": "t.csv", "expires_s": 61})
-        await asyncio.sleep(0.1)
-        await world.tell(job_id, "pause")
-        await world.until(job_id, "paused")
-        await world.restart()
-        await world.tell(job_id, "resume")
-        job = await world.until(job_id, "succeeded")
-        assert job.result is not None and job.result.file is not None
-        file = await world.files.get(job.result.file, OWNER)
-        assert file.expires_at == file.created_at + 61_000
-        assert file.media_type == "text/csv"
-        await world.close()
-
-    asyncio.run(work())
-
-
 # What is refused
 
 
@@ -684,6 +661,22 @@ def test_an_interruption_at_each_checkpoint(
                 break
         assert 20 < n < 199
         await trouble.world.close()
+
+    asyncio.run(work())
+
+
+def test_the_result_expires(tmp_path: Path, small_blocks: None) -> None:
+    """The result has an end from its publication on, also if the job was killed in between."""
+
+    async def work() -> None:
+        trouble = Trouble(tmp_path, 0)
+        async with trouble.world as world:
+            await put(world, "t.csv", b"a\n" + b"1\n" * 500)
+            await trouble.through({"source": "t.csv", "expires_s": 61}, [*[""] * 9, "save"])
+            assert next(trouble.plan, None) is None
+            file = await world.files.find("t-export.csv", OWNER)
+            assert file.expires_at == file.created_at + 61_000
+            assert file.media_type == "text/csv"
 
     asyncio.run(work())
 
