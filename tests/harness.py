@@ -112,7 +112,7 @@ class Server:
         self.process.kill()
         self._ended()
 
-    def stop(self, within_s: float = 30) -> int:
+    def stop(self, within_s: float = 60) -> int:
         """SIGTERM; the exit status."""
         assert self.process is not None
         self.process.send_signal(signal.SIGTERM)
@@ -121,7 +121,7 @@ class Server:
 
     def _ended(self) -> int:
         assert self.process is not None
-        status = self.process.wait(30)
+        status = self.process.wait(60)
         if self.process.stdout is not None:
             self.process.stdout.close()
         self.log.close()
@@ -153,7 +153,7 @@ class Server:
         path: str,
         body: Any = None,
         headers: Mapping[str, str] | None = None,
-        timeout_s: float = 30,
+        timeout_s: float = 60,
     ) -> Answer:
         """One request on a connection of its own. A dict or list body is sent as JSON."""
         sent = dict(headers or {})
@@ -204,7 +204,7 @@ class Server:
         """A page of jobs."""
         return list(self.get(f"/v1/jobs{query}").json["items"])
 
-    def wait_for(self, job_id: str, *states: str, within_s: float = 20) -> Any:
+    def wait_for(self, job_id: str, *states: str, within_s: float = 60) -> Any:
         """The job as soon as it is in one of the states."""
         return eventually(
             lambda: (job := self.job(job_id))["state"] in states and job,
@@ -266,7 +266,7 @@ class Described:
 def described(netloc: str) -> Described:
     """The document of the server at an address."""
     host, _, port = netloc.rpartition(":")
-    connection = http.client.HTTPConnection(host, int(port), timeout=30)
+    connection = http.client.HTTPConnection(host, int(port), timeout=60)
     try:
         connection.request("GET", "/asyncapi.json")
         return Described(json.loads(connection.getresponse().read()))
@@ -285,7 +285,7 @@ class Socket:
         self._described = described(urlsplit(url).netloc)
         self._complaints: list[str] = []
         self.ws = websocket.create_connection(
-            url, subprotocols=protocols or None, timeout=30, suppress_origin=True, **options
+            url, subprotocols=protocols or None, timeout=60, suppress_origin=True, **options
         )
         self.seen: list[Any] = []
         self._inbox: queue.Queue[Any] = queue.Queue()
@@ -316,7 +316,7 @@ class Socket:
         """Send one message."""
         self.ws.send(json.dumps(message))
 
-    def until(self, wanted: Callable[[Any], Any], within_s: float = 20) -> Any:
+    def until(self, wanted: Callable[[Any], Any], within_s: float = 60) -> Any:
         """The next message for which ``wanted`` is true; None stands for the end."""
         end = time.monotonic() + within_s
         while True:
@@ -327,7 +327,7 @@ class Socket:
             if wanted(message):
                 return message
 
-    def until_closed(self, within_s: float = 20) -> int | None:
+    def until_closed(self, within_s: float = 60) -> int | None:
         """The close code."""
         self._reader.join(within_s)
         assert not self._reader.is_alive()
@@ -341,13 +341,13 @@ class Socket:
     def close(self) -> None:
         """Close the socket."""
         self.ws.close()
-        self._reader.join(10)
+        self._reader.join(60)
         # Also where the server was the first to close.
         self.ws.shutdown()  # type: ignore[no-untyped-call]
         self.check()
 
 
-def eventually(check: Callable[[], T], what: str, within_s: float = 20) -> T:
+def eventually(check: Callable[[], T], what: str, within_s: float = 60) -> T:
     """The first true value of ``check``, asked again and again."""
     end = time.monotonic() + within_s
     while True:

@@ -18,7 +18,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     with asyncio.Runner() as runner:
         loop = runner.get_loop()
         loop.set_exception_handler(lambda _, context: noise.append(str(context)))
-        runner.run(asyncio.wait_for(pyfuncitem.obj(**given), 30))
+        runner.run(asyncio.wait_for(pyfuncitem.obj(**given), 300))
         left = asyncio.all_tasks(loop)
     assert not left
     assert not noise

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import jobs.clock
 import jobs.process
 import jobs.runners
 from errors import SluiceError
@@ -176,6 +177,7 @@ async def test_a_crash_loop_ends(
     """One crash too many without progress fails the job, after its journal has run."""
     monkeypatch.setattr(states, "_LOOP", 10)
     undone = []
+    begun = asyncio.Event()
 
     async def take_back() -> None:
         undone.append(1)
@@ -184,16 +186,16 @@ async def test_a_crash_loop_ends(
         """Never end."""
         if undo and ctx.attempt == 1:
             await ctx.undo("take_back")
-        while True:
-            await ctx.sleep(0.01)
-            await ctx.checkpoint(1)
+        await ctx.checkpoint(1)
+        begun.set()
+        await ctx.sleep(3600)
 
     kind = a_kind("killer", run, UNDO={"take_back": take_back})
     async with World(tmp_path, kind) as world:
         job_id = await world.start("killer")
         for _ in range(10):
-            await world.until(job_id, "running")
-            await asyncio.sleep(0.01)
+            await begun.wait()
+            begun.clear()
             await world.restart()
         assert (await world.until(job_id, "running")).attempt == 11
         await world.restart()
@@ -264,9 +266,11 @@ async def test_crashes_long_ago_do_not_count(tmp_path: Path) -> None:
 async def test_progress_never_goes_back_whatever_the_job_goes_through(tmp_path: Path) -> None:
     """Phases, pauses, crashes, retries, older cursors: each row of the history is no less far."""
     failures = [3, 7, 12]
+    steps, over = 0, False
 
     async def run(ctx: Any, params: Any) -> None:
         """Two phases that count for themselves; the cursor is only each fifth step."""
+        nonlocal steps, over
         for phase in ("one", "two"):
             for step in range(10):
                 at = step + 10 * (phase == "two")
@@ -274,10 +278,12 @@ async def test_progress_never_goes_back_whatever_the_job_goes_through(tmp_path: 
                 if at < (ctx.cursor or 0):
                     continue
                 await ctx.checkpoint(cursor, done=step, total=10, phase=phase)
+                steps += 1
                 await ctx.sleep(0.004)
                 if failures and at == failures[0]:
                     failures.pop(0)
                     raise RuntimeError("as asked")
+        over = True
 
     kind = a_kind("phases", run, RETRY=Retry(times=9, base_s=0.01, max_s=0.01))
     async with World(tmp_path, kind, warm_s=0) as world:
@@ -285,7 +291,8 @@ async def test_progress_never_goes_back_whatever_the_job_goes_through(tmp_path: 
         for _ in range(4):
             if (await world.until(job_id, "running", "succeeded")).state == "succeeded":
                 break
-            await asyncio.sleep(0.015)
+            goal = steps + 3
+            await eventually(lambda: over or steps >= goal, "it gets on")  # noqa: B023
             with suppress(SluiceError):
                 await world.tell(job_id, "pause")
             await world.until(job_id, "paused", "succeeded")
@@ -331,7 +338,7 @@ async def test_a_crash_in_the_middle_of_a_rollback(tmp_path: Path) -> None:
             await asyncio.sleep(0.002)
         await world.tell(job_id, "cancel")
         for left in (26, 16, 6):
-            await asyncio.wait_for(stuck.wait(), 10)
+            await stuck.wait()
             stuck.clear()
             assert len((await world.job(job_id)).undo) == left
             await world.restart()
@@ -391,7 +398,7 @@ async def test_what_hangs_is_ended(tmp_path: Path) -> None:
         await ctx.undo("take_back")
         await hangs(ctx, params)
 
-    kind = a_kind("hangs", run, STALL_TIMEOUT_S=0.1, UNDO={"take_back": take_back})
+    kind = a_kind("hangs", run, STALL_TIMEOUT_S=0.5, UNDO={"take_back": take_back})
     async with World(tmp_path, kind) as world:
         job = await world.until(await world.start("hangs"), "failed")
         assert job.error is not None
@@ -418,44 +425,68 @@ async def test_who_sleeps_is_not_silent(tmp_path: Path) -> None:
         await world.until(await world.start("sleeps"), "succeeded")
 
 
+class Paces:
+    """A kind whose steps take 0.1 s each by the clock that jobs are measured with, and by no other.
+
+    So how far a job gets does not hang on the machine. It may run for 10 s, which are 100 steps,
+    and a few more until the clock is looked at.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.now_s = 1000.0
+        self.steps = 0
+        patch.setattr(jobs.clock, "monotonic", lambda: self.now_s)
+
+    async def run(self, ctx: Any, params: Any) -> None:
+        """Checkpoints for ever."""
+        while True:
+            self.steps += 1
+            self.now_s += 0.1
+            await ctx.checkpoint(1)
+            await ctx.sleep(0.002)
+
+    @property
+    def kind(self) -> Any:
+        """The kind ``paces``; because it must not be silent it is looked at each 20 ms at least."""
+        return a_kind("paces", self.run, RUN_TIMEOUT_S=10, STALL_TIMEOUT_S=0.16)
+
+
 @pytest.mark.parametrize("warm_s", [0, 30])
-async def test_a_pause_stops_both_clocks(tmp_path: Path, warm_s: float) -> None:
+async def test_a_pause_stops_both_clocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warm_s: float
+) -> None:
     """Warm or cold; what it had run before counts afterwards."""
-    kind = a_kind("walks", walks, RUN_TIMEOUT_S=0.5, STALL_TIMEOUT_S=0.2)
-    async with World(tmp_path, kind, warm_s=warm_s) as world:
-        job_id = await world.start("walks")
-        began = monotonic()
-        await world.until(job_id, "running")
-        await asyncio.sleep(0.25)
+    paces = Paces(monkeypatch)
+    async with World(tmp_path, paces.kind, warm_s=warm_s) as world:
+        job_id = await world.start("paces")
+        await eventually(lambda: paces.steps >= 60, "it is past the half")
         await world.tell(job_id, "pause")
         await world.until(job_id, "paused")
-        ran_s = monotonic() - began
-        await asyncio.sleep(0.6)
+        paces.now_s += 3600
+        await asyncio.sleep(0.1)  # nothing happens
         assert (await world.job(job_id)).state == "paused"
-        began = monotonic()
         await world.tell(job_id, "resume")
         job = await world.until(job_id, "failed")
         assert job.error is not None
         assert job.error["code"] == "timeout"
-        assert 0.45 - ran_s < monotonic() - began
+        assert 100 <= paces.steps < 160
 
 
-async def test_what_it_has_run_outlives_a_crash(tmp_path: Path) -> None:
-    """A restart gives no new time, but for the last second."""
-    kind = a_kind("walks", walks, RUN_TIMEOUT_S=1.6)
-    async with World(tmp_path, kind) as world:
-        job_id = await world.start("walks")
-        await world.until(job_id, "running")
-
-        def saved() -> bool:
-            row = world.state._con.execute("SELECT cursor FROM jobs").fetchone()
-            return b'"ran_s":' in bytes(row[0] or b"")
-
-        await eventually(saved, "about a second is saved")
+async def test_what_it_has_run_outlives_a_crash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A restart gives no new time, but for what was not saved."""
+    paces = Paces(monkeypatch)
+    async with World(tmp_path, paces.kind) as world:
+        job_id = await world.start("paces")
+        await eventually(lambda: paces.steps >= 60, "it is past the half")
+        await world.runners.save()
         await world.restart()
-        began = monotonic()
-        await world.until(job_id, "failed")
-        assert monotonic() - began < 1.2
+        paces.steps = 0
+        job = await world.until(job_id, "failed")
+        assert job.error is not None
+        assert job.error["code"] == "timeout"
+        assert paces.steps < 100
 
 
 async def test_a_frame_that_does_not_end_is_left(
@@ -489,14 +520,15 @@ async def test_a_frame_that_does_not_end_is_left(
 async def test_a_clock_that_is_closed_says_nothing() -> None:
     """A job that has ended, or is held, is never late."""
     told: list[SluiceError] = []
-    clock = Clock(0.03, 0.01, 0.0, lambda: False, told.append)
-    clock.hold()
-    ran_s = clock.ran_s
-    await asyncio.sleep(0.06)
-    assert (told, clock.ran_s) == ([], ran_s)
-    clock.go()
-    await eventually(lambda: told, "it is late")
-    assert [error.code for error in told] == ["stalled"]
+    for run_s, stall_s, code in ((0.01, None, "timeout"), (None, 0.01, "stalled")):
+        clock = Clock(run_s, stall_s, 0.0, lambda: False, told.append)
+        clock.hold()
+        ran_s = clock.ran_s
+        await asyncio.sleep(0.06)
+        assert (told, clock.ran_s) == ([], ran_s)
+        clock.go()
+        await eventually(lambda: told, "it is late")
+        assert told.pop().code == code
 
 
 @given(

@@ -142,7 +142,7 @@ class World:
         *kinds: Kind,
         warm_s: float = 30.0,
         limits: Limits | None = None,
-        stop_s: float = 2.0,
+        stop_s: float = 20.0,
         uploads: UploadLimits | None = None,
         child_grace_s: float = 2.0,
         resolver: Callable[[Children], Resolver] = Resolver,
@@ -254,7 +254,7 @@ class World:
         """The job now."""
         return await self.manager.get(job_id, OWNER)
 
-    async def until(self, job_id: str, *wanted: str, within_s: float = 10) -> Job:
+    async def until(self, job_id: str, *wanted: str, within_s: float = 60) -> Job:
         """The job as soon as it is in one of these states; woken by the event log."""
         end = monotonic() + within_s
         while True:
@@ -296,7 +296,7 @@ class World:
         return found
 
 
-async def eventually(check: Callable[[], T], what: str, within_s: float = 10) -> T:
+async def eventually(check: Callable[[], T], what: str, within_s: float = 60) -> T:
     """The first true value of ``check``, asked once in a few turns of the loop."""
     end = monotonic() + within_s
     while not (value := check()):
