@@ -33,7 +33,11 @@ export class Uploads {
         this.all("pause");
         later(say.cancelled, () => this.all("cancel"), () => this.all("resume"));
       })), el("details", {}, this.sub = el("summary"), this.bad = el("ul")));
-    app.store.listen(({ now }) => { if (now && this.busy.length) this.beat(); });
+    app.store.listen(({ now, event }) => {
+      if (now && this.busy.length) this.beat();
+      const item = event && this.those("sending").find(({ label, wish }) => wish && label === event.row.client);
+      if (item) this.tell(item.wish, [item]);
+    });
     addEventListener("online", () => this.wake());
     addEventListener("beforeunload", (event) => { if (this.busy.length) event.preventDefault(); });
     // Else the server would hold a paused request for an hour, and take it for a sender.
@@ -206,12 +210,22 @@ export class Uploads {
     this.heardAt = now;
   }
 
-  async all(op) {
+  all(op) {
     this.held = op === "pause";
     if (op === "cancel") for (const item of this.those("waiting")) item.state = "gone";
-    const jobs = this.those("sending").map((item) => this.rowOf(item)?.id).filter(Boolean);
-    if (jobs.length) await this.app.channel.command(op, { jobs }).catch((error) => notice(words.refused(words.act[op], error.message), true));
+    this.tell(op, this.those("sending"));
     this.next();
+  }
+
+  // A command to these; one whose job is still being made gets it as soon as that is here.
+  tell(op, items) {
+    const jobs = [];
+    for (const item of items) {
+      const row = this.rowOf(item);
+      item.wish = row || op === "resume" ? null : op;
+      if (row) jobs.push(row.id);
+    }
+    if (jobs.length) this.app.channel.command(op, { jobs }).catch((error) => notice(words.refused(words.act[op], error.message), true));
   }
 
   show() {

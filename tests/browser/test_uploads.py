@@ -422,6 +422,38 @@ def test_all_of_a_tab_are_paused_resumed_and_cancelled(
     expect(sending(page)).not_to_contain_text("part 5.bin")
 
 
+def test_all_is_also_what_is_being_made(
+    server: Server, page: Page, make: Callable[[str, int], Path], allowed: list[str]
+) -> None:
+    """Pause all and Cancel all hold for an upload whose job is still being made."""
+    allowed += [*DOWN, "404", "410"]
+    asked: list[Route] = []
+
+    def hold(route: Route) -> None:
+        asked.append(route)
+
+    page.goto(server.url)
+    page.route("**/tus/", hold)
+    path = make("unborn.bin", 9 * MB)
+    choose(page, path)
+    eventually(lambda: page.evaluate("true") and asked, "the creation")
+    sending(page).get_by_role("button", name="Pause all").click()
+    asked.pop().continue_()
+    expect(row(page, path.name)).to_contain_text("Paused")
+    sending(page).get_by_role("button", name="Resume all").click()
+    expect(row(page, path.name)).to_contain_text("Done")
+    path = make("unwanted.bin", 9 * MB)
+    choose(page, path)
+    eventually(lambda: page.evaluate("true") and asked, "the creation")
+    sending(page).get_by_role("button", name="Cancel all").click()
+    page.get_by_role("button", name="Undo").wait_for()
+    page.get_by_role("button", name="Undo").wait_for(state="hidden")
+    asked.pop().continue_()
+    expect(row(page, path.name)).to_contain_text("Cancelled by you")
+    expect(sending(page)).to_contain_text("Uploaded 0 files")
+    assert list(stored(server)) == ["unborn.bin"]
+
+
 def test_a_pause_outlives_its_request(
     serve: Serve,
     page: Page,
