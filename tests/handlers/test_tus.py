@@ -740,7 +740,7 @@ def test_a_paused_upload_goes_on_when_it_is_resumed(tus: Tus) -> None:
     with tus.open(path, 0, b"hello", 10) as raw:
         tus.command(path, "pause")
         raw.send(b"world")
-        time.sleep(0.3)
+        time.sleep(0.3)  # in which nothing is taken
         transfer = tus.job(path)["transfer"]
         assert (transfer["stored_bytes"], transfer["connected"]) == (5, True)
         tus.command(path, "resume")
@@ -760,7 +760,7 @@ def test_a_paused_upload_tells_its_offset_at_once(tus: Tus) -> None:
         head = tus.headers(Upload_Offset=5, Content_Type=BODY, Content_Length=5)
         raw.head("PATCH", path, **head)
         raw.send(b"world")
-        time.sleep(0.3)
+        eventually(lambda: tus.job(path)["transfer"]["connected"], "the PATCH is held")
         job = tus.job(path)
         assert (job["state"], job["transfer"]["stored_bytes"]) == ("paused", 5)
         tus.command(path, "resume")
@@ -773,12 +773,12 @@ def test_all_bytes_are_here_is_not_complete(tus: Tus) -> None:
     path = tus.new("", b"hello", Upload_Defer_Length=1)
     tus.command(path, "pause")
     with at_once():
-        answers = [
-            tus.patch(path, 5, b"", Upload_Length=5),
-            tus.head(path),
-            tus.patch(path, 5, b""),
-        ]
-    for answer in answers:
+        last = tus.patch(path, 5, b"", Upload_Length=5)
+    with at_once():
+        head = tus.head(path)
+    with at_once():
+        again = tus.patch(path, 5, b"")
+    for answer in (last, head, again):
         refused(answer, 423, "upload-finishing")
         assert int(answer.headers["Retry-After"]) >= 1
     tus.command(path, "resume")
@@ -839,6 +839,7 @@ def test_a_paused_upload_can_be_terminated(tus: Tus) -> None:
     tus.command(path, "pause")
     with at_once():
         assert tus.ask("DELETE", path).status == 204
+    assert tus.job(path)["state"] == "cancelled"
     assert tus.head(path).status == 404
 
 

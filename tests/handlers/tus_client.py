@@ -121,10 +121,10 @@ class Tus:
 
 @contextmanager
 def at_once() -> Iterator[None]:
-    """What is asked inside is answered in a tenth of a second, and certainly in a second."""
+    """The one request inside waits for nothing: the shortest wait there is lasts five seconds."""
     start = monotonic()
     yield
-    assert monotonic() - start < 1.0
+    assert monotonic() - start < 4.0
 
 
 def checksum(algorithm: str, data: bytes) -> str:
