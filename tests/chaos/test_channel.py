@@ -34,7 +34,7 @@ from tests.harness import FULL, Server
 
 KEEP_EVENTS = 100
 FORGOTTEN = KEEP_EVENTS * 6 // 5  # so many events, and all before them are beyond the retention
-LIMIT_S = 30.0
+LIMIT_S = 120.0
 NAMES = ("alpha", "beta", "Alphabet", "gamma")
 ALL, ACTIVE, KIND, NAMED, SOME = range(1, 6)
 FILTERS: dict[int, dict[str, Any]] = {

@@ -9,7 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import pytest
 
 from tests.conftest import need
 from tests.harness import FULL, Server, eventually, form
+from tests.interop.proxy import Proxy
 
 pytestmark = pytest.mark.chaos
 
@@ -47,13 +48,17 @@ def transfer(server: Server, kind: str) -> Any:
     return eventually(moving, f"there is a {kind}")
 
 
-def stands_still(server: Server, job_id: str) -> None:
-    """Pause; from 100 ms after the answer no byte moves, until the resume."""
+def stands_still(server: Server, job_id: str, go_on: Callable[[], None]) -> None:
+    """Pause, and let the client go on; from 100 ms after the answer no byte moves until a resume.
+
+    Up to here the client stops in the middle, so that there is something to pause.
+    """
     began = time.monotonic()
     paused = server.post(f"/v1/jobs/{job_id}/pause")
     assert paused.status in (200, 202), paused
     time.sleep(max(0.0, 0.1 - (time.monotonic() - began)))
-    job = server.wait_for(job_id, "paused", within_s=2)
+    job = server.wait_for(job_id, "paused")
+    go_on()
     assert job["transfer"]["warm"]
     at = job["transfer"]["stored_bytes"]
     assert at > 0
@@ -67,11 +72,13 @@ def stands_still(server: Server, job_id: str) -> None:
     assert (resumed.status, resumed.json["state"]) == (200, "running")
 
 
-def trickle(server: Server, head: str, body: bytes) -> bytes:
-    """Send a request with its body in small pieces; the answer."""
+def trickle(server: Server, head: str, body: bytes, gate: threading.Event) -> bytes:
+    """Send a request with its body in small pieces, the second half behind a gate; the answer."""
     with socket.create_connection(("127.0.0.1", server.port), 120) as sock:
         sock.sendall(f"{head}Host: 127.0.0.1\r\nContent-Length: {len(body)}\r\n\r\n".encode())
         for start in range(0, len(body), 1 << 15):
+            if start > len(body) // 2:
+                gate.wait()
             sock.sendall(body[start : start + (1 << 15)])
             time.sleep(0.01)
         answer = sock.recv(1 << 16)
@@ -89,23 +96,26 @@ def test_upload_by_curl_is_paused_and_resumed(server: Server, tmp_path: Path) ->
     curl = need("curl")
     source = tmp_path / "by curl.bin"
     source.write_bytes(SLOW)
-    command = [curl, "-sS", "--limit-rate", "500k", "-F", f"file=@{source}"]
 
-    def run() -> bytes:
-        return subprocess.run(
-            [*command, f"{server.url}/upload"], capture_output=True, check=True
-        ).stdout
+    with closing(Proxy(server.port)) as proxy:
+        command = [curl, "-sS", "-F", f"file=@{source}", f"{proxy.url}/upload"]
+        proxy.hold_at(len(SLOW) // 2)
 
-    with at_work(run) as results:
-        stands_still(server, transfer(server, "upload")["id"])
+        def run() -> bytes:
+            return subprocess.run(command, capture_output=True, check=True).stdout
+
+        with at_work(run) as results:
+            eventually(lambda: proxy.is_at_mark, "half of it is sent")
+            stands_still(server, transfer(server, "upload")["id"], proxy.release)
     has(server, json.loads(results[0])["id"], SLOW)
 
 
 def test_block_is_paused_and_resumed(server: Server) -> None:
     """A raw POST is held in the middle of its block, and goes on where it stood."""
     head = f"POST /upload?file_name=raw&bytes_read=0&file_size={len(SLOW)} HTTP/1.1\r\n"
-    with at_work(lambda: trickle(server, head, SLOW)) as results:
-        stands_still(server, transfer(server, "upload")["id"])
+    gate = threading.Event()
+    with at_work(lambda: trickle(server, head, SLOW, gate)) as results:
+        stands_still(server, transfer(server, "upload")["id"], gate.set)
     has(server, json.loads(results[0])["id"], SLOW)
 
 
@@ -114,6 +124,7 @@ def test_export_is_paused_and_resumed(server: Server) -> None:
     data = bytes(range(256)) * (64 * MIB // 256)
     body, content_type = form(("file", "out.bin", data))
     server.request("POST", "/upload", body, {"Content-Type": content_type})
+    gate = threading.Event()
 
     def read() -> bytes:
         with socket.socket() as sock:
@@ -132,13 +143,13 @@ def test_export_is_paused_and_resumed(server: Server) -> None:
             while chunk:
                 digest.update(chunk)
                 got += len(chunk)
-                if got < 8 * MIB:
-                    time.sleep(0.002)
+                if got > 8 * MIB:  # many more than are on their way are left
+                    gate.wait()
                 chunk = sock.recv(1 << 16)
             return digest.digest()
 
     with at_work(read) as results:
-        stands_still(server, transfer(server, "download")["id"])
+        stands_still(server, transfer(server, "download")["id"], gate.set)
     assert results == [hashlib.sha256(data).digest()]
 
 

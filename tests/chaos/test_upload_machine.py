@@ -201,6 +201,8 @@ class UploadMachine(RuleBasedStateMachine):
         n = min(n, SIZE - 1 - offset, 100_000)
         self.held = Sender(self.server, self.path, offset, n)
         self.held.send(n)
+        # Else it may come behind what follows, and oust it.
+        eventually(self.is_connected, "the request has come")
         time.sleep(0.02)
         assert self.server.job(self.id)["transfer"]["stored_bytes"] == offset
 
