@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SIZE = 1 << 30 if FULL else 8 << 20
 CHUNK = SIZE // 8
-PATIENCE_S = 240 if FULL else 30
+PATIENCE_S = 240 if FULL else 120
 
 
 class Flavour(NamedTuple):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.conftest import need
 
-PATIENCE_S = 60
+PATIENCE_S = 240
 
 ARIA2 = ("aria2c", "-q", "-x8", "-s8", "--min-split-size=1M", "--file-allocation=none", "-o", "out")
 RESUME = {

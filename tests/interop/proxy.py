@@ -59,8 +59,17 @@ class Proxy:
         return self._marked.is_set()
 
     def release(self) -> None:
-        """Let held connections go on."""
+        """Let held connections go on, up to the next mark."""
         self._do(self._release)
+
+    def open(self) -> None:
+        """Let everything pass, whatever was marked."""
+
+        def everything() -> None:
+            self._mark = None
+            self._release()
+
+        self._do(everything)
 
     def cut(self) -> None:
         """Reset the connections that are open, held or not."""

@@ -1,7 +1,9 @@
 """The relay turned around: what the server sends is counted, held, cut, slowed down and changed.
 
-A cut can be a reset, or an end that looks regular (FIN) but for the bytes that are missing. The
-requests that pass are noted, so that a test sees with which of them a client went on.
+Here a hold is also for connections that are opened while it lasts: a client may open several, and
+some of them late. A cut can be a reset, or an end that looks regular (FIN) but for the bytes that
+are missing. The requests that pass are noted, so that a test sees with which of them a client went
+on.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ class Tap(Proxy):
         self.bytes_per_s: float | None = None  # of all connections together
         self.change = (b"", b"")  # a pattern in what the server sends, and what to put there
         self._free_at = 0.0
+        self._is_holding = False
         self._short: set[asyncio.Event] = set()
         super().__init__(to_port)
 
@@ -53,6 +56,18 @@ class Tap(Proxy):
         return [at for request in self.requests if (at := request.first_byte)]
 
     # In the loop
+
+    def _hold(self) -> None:
+        self._is_holding = True
+        super()._hold()
+
+    def _release(self) -> None:
+        self._is_holding = False
+        super()._release()
+
+    def _cut(self) -> None:
+        super()._cut()
+        self._is_holding = False
 
     async def _connect(self, server: socket.socket) -> None:
         server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _PIECE_BYTES)  # little lies here
@@ -72,6 +87,8 @@ class Tap(Proxy):
 
     async def _down(self, server: socket.socket, client: socket.socket, go: asyncio.Event) -> None:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _PIECE_BYTES)
+        if self._is_holding:
+            go.clear()
         while piece := await self._loop.sock_recv(server, _PIECE_BYTES):
             pattern, other = self.change
             if pattern:

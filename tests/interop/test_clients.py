@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness import eventually
 from tests.interop.clients import FLAVOURS, SIZE, VARIANTS
 from tests.interop.rig import HEADS, MARK, Rig, Source, make_source
 
@@ -71,9 +72,11 @@ def test_client_outlives_kill_9_of_the_server(rig: Rig, source: Source) -> None:
 def test_client_outlives_a_restart(rig: Rig, source: Source) -> None:
     """A client that asks while the server stops goes on when it is back, and repeats nothing."""
     rig.start_and_hold(source)
+    log = rig.server.log_path
+    stops = log.read_text().count("stopping")
     stopping = threading.Thread(target=rig.server.stop)
     stopping.start()
-    time.sleep(0.05)
+    eventually(lambda: log.read_text().count("stopping") > stops, "the server stops")
     rig.proxy.cut()
     stopping.join()
     rig.proxy.patient = True
@@ -117,5 +120,6 @@ def test_terminated_upload_leaves_nothing(rig: Rig, source: Source) -> None:
     rig.client.terminate()
     for job in rig.jobs():
         rig.server.wait_for(job["id"], "cancelled")
-    assert list((rig.server.folder / "tmp").iterdir()) == []
+    tmp = rig.server.folder / "tmp"
+    eventually(lambda: list(tmp.iterdir()) == [], "the bytes are freed")
     assert rig.files() == []

@@ -30,7 +30,8 @@ MIB = 1 << 20
 HUGE = (10 << 10 if FULL else 256) * MIB
 TO_DISK = (1 << 10 if FULL else 64) * MIB
 GROWTH_KB = 4_000
-LATE_S = 0.1  # wide: the machine may do other things, too; a benchmark has the real figures
+# Wide: the machine may do other things, too; a benchmark has the real figures.
+LATE_S, LATE_TIMES = 0.1, 10
 
 
 ZEROS = bytes(MIB)
@@ -131,7 +132,7 @@ def test_huge_file_costs_nobody_anything(store: Store) -> None:
         assert HUGE / 3 < at < HUGE / 2
         assert pipe(url, at, HUGE) == HUGE
     assert server.status("VmHWM") - before_kb < GROWTH_KB
-    assert late_s(busy) < late_s(idle) + LATE_S
+    assert late_s(busy) < LATE_TIMES * late_s(idle) + LATE_S
 
 
 def test_eight_connections_to_the_disk(store: Store, clients: Clients, tmp_path: Path) -> None:
