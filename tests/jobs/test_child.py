@@ -16,6 +16,7 @@ from jobs.kinds import Kind, load_kind
 from jobs.manager import Limits
 from jobs.states import CANCELLED, FAILED, PAUSED, RUNNING, SUCCEEDED
 from jobs.warden import processes
+from storage import Job
 from tests.jobs.world import World, descendants, eventually
 
 KINDS = Path(__file__).with_name("child_kinds")
@@ -45,7 +46,24 @@ async def further(world: World, job_id: str) -> None:
     await eventually(is_further, "progress")
 
 
-EXPECTED = b"".join(b"%d\n" % n for n in range(300))
+def endless(folder: Path) -> dict[str, Any]:
+    """Parameters of steps that go on until there is a file named ``go``."""
+    return {"steps": 0, "pause_s": 0.002, "go": str(folder / "go")}
+
+
+async def ended(world: World, job_id: str, folder: Path) -> Job:
+    """Let such steps end: the job, whose lines are each step once."""
+    (folder / "go").touch()
+    job = await world.until(job_id, *states.FINAL)
+    assert job.state == SUCCEEDED, job.error
+    assert job.result is not None
+    assert await written(world, job_id) == lines(job.result.data["steps"])
+    return job
+
+
+def lines(steps: int) -> bytes:
+    """What so many steps write."""
+    return b"".join(b"%d\n" % n for n in range(steps))
 
 
 async def test_it_runs_as_on_the_lane(tmp_path: Path) -> None:
@@ -54,9 +72,9 @@ async def test_it_runs_as_on_the_lane(tmp_path: Path) -> None:
         job = await world.until(await world.start("steps", {"steps": 300}), *states.FINAL)
         assert job.state == SUCCEEDED, job.error
         assert job.result is not None and job.result.data == {"steps": 300, "attempt": 1}
-        assert await written(world, job.id) == EXPECTED
-        lines = await world.manager.lines(job.id, job.owner, 0, 100)
-        assert sorted(line for _, _, line in lines) == ["began at 0", "ended", "printed"]
+        assert await written(world, job.id) == lines(300)
+        said = await world.manager.lines(job.id, job.owner, 0, 100)
+        assert sorted(line for _, _, line in said) == ["began at 0", "ended", "printed"]
         assert (job.progress.done, job.progress.total) == (300, 300)
         assert not descendants()
 
@@ -65,7 +83,7 @@ async def test_it_runs_as_on_the_lane(tmp_path: Path) -> None:
 async def test_a_pause_holds_it_and_it_goes_on(tmp_path: Path, warm_s: float) -> None:
     """A paused child is stopped, or gone when the pause is cold; the result is the same."""
     async with World(tmp_path, a_child("steps"), warm_s=warm_s) as world:
-        job_id = await world.start("steps", {"steps": 300, "pause_s": 0.002})
+        job_id = await world.start("steps", endless(tmp_path))
         for _ in range(3):
             await world.until(job_id, RUNNING)
             await further(world, job_id)
@@ -77,9 +95,7 @@ async def test_a_pause_holds_it_and_it_goes_on(tmp_path: Path, warm_s: float) ->
             else:
                 await eventually(lambda: not descendants(), "the end of the child")
             await world.tell(job_id, "resume")
-        job = await world.until(job_id, *states.FINAL)
-        assert job.state == SUCCEEDED, job.error
-        assert await written(world, job_id) == EXPECTED
+        await ended(world, job_id, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +107,8 @@ async def test_a_pause_holds_it_and_it_goes_on(tmp_path: Path, warm_s: float) ->
 )
 async def test_a_clock_ends_it(tmp_path: Path, limits: dict[str, Any], code: str) -> None:
     """One that is silent, or runs for too long, fails with that code, and no process is left."""
-    async with World(tmp_path, a_child("stubborn"), limits=Limits(**limits)) as world:
+    kind = a_child("stubborn")
+    async with World(tmp_path, kind, limits=Limits(**limits), child_grace_s=0.2) as world:
         job = await world.until(await world.start("stubborn"), *states.FINAL)
         assert (job.state, job.error and job.error["code"]) == (FAILED, code)
         assert not descendants()
@@ -99,9 +116,9 @@ async def test_a_clock_ends_it(tmp_path: Path, limits: dict[str, Any], code: str
 
 async def test_a_pause_stops_the_clock_of_a_child(tmp_path: Path) -> None:
     """A stopped child is not silent, and does not run."""
-    limits = Limits(run_timeouts_s={"steps": 60.0}, stall_timeouts_s={"steps": 30.0})
+    limits = Limits(run_timeouts_s={"steps": 600.0}, stall_timeouts_s={"steps": 300.0})
     async with World(tmp_path, a_child("steps"), limits=limits) as world:
-        job_id = await world.start("steps", {"steps": 300, "pause_s": 0.002})
+        job_id = await world.start("steps", endless(tmp_path))
         await world.until(job_id, RUNNING)
         await further(world, job_id)
         await world.tell(job_id, "pause")
@@ -114,13 +131,13 @@ async def test_a_pause_stops_the_clock_of_a_child(tmp_path: Path) -> None:
         await world.tell(job_id, "resume")
         await world.until(job_id, RUNNING)
         await eventually(lambda: clock.ran_s > ran_s, "it goes on")
-        assert (await world.until(job_id, *states.FINAL)).state == SUCCEEDED
+        await ended(world, job_id, tmp_path)
 
 
 async def test_a_cancel_unwinds_it(tmp_path: Path) -> None:
     """A cancelled child runs its ``finally``; no process and no file is left."""
     async with World(tmp_path, a_child("steps")) as world:
-        job_id = await world.start("steps", {"steps": 10_000, "pause_s": 0.002})
+        job_id = await world.start("steps", endless(tmp_path))
         await world.until(job_id, RUNNING)
         await eventually(lambda: world.runners._live[job_id].meter.done > 0, "progress")
         await world.tell(job_id, "cancel")
@@ -132,11 +149,8 @@ async def test_a_cancel_unwinds_it(tmp_path: Path) -> None:
         async def said() -> list[str]:
             return [line for _, _, line in await world.manager.lines(job_id, "ann", 0, 100)]
 
-        for _ in range(200):  # what it said last is stored within a second
-            if "ended" in await said():
-                break
+        while "ended" not in await said():  # what it said last is stored within a second
             await asyncio.sleep(0.02)
-        assert "ended" in await said()
 
 
 async def test_a_stubborn_one_is_killed(tmp_path: Path) -> None:
@@ -171,7 +185,7 @@ async def test_force_kills_one_that_is_told_to_unwind(tmp_path: Path) -> None:
 async def test_its_death_fails_the_job(tmp_path: Path) -> None:
     """A child that is killed by somebody fails its job, with the signal's name."""
     async with World(tmp_path, a_child("steps")) as world:
-        job_id = await world.start("steps", {"steps": 10_000, "pause_s": 0.002})
+        job_id = await world.start("steps", endless(tmp_path))
         await world.until(job_id, RUNNING)
         await eventually(lambda: world.runners._live[job_id].meter.done > 0, "progress")
         os.kill(descendants()[0], signal.SIGKILL)
@@ -183,15 +197,13 @@ async def test_its_death_fails_the_job(tmp_path: Path) -> None:
 async def test_a_crash_goes_on_from_the_cursor(tmp_path: Path) -> None:
     """After a crash of the service the job goes on from its cursor, and nothing of before runs."""
     async with World(tmp_path, a_child("steps")) as world:
-        job_id = await world.start("steps", {"steps": 300, "pause_s": 0.002})
+        job_id = await world.start("steps", endless(tmp_path))
         await world.until(job_id, RUNNING)
         await eventually(lambda: world.runners._live[job_id].meter.done > 50, "progress")
         await world.runners.save()
         await world.restart()
-        job = await world.until(job_id, *states.FINAL)
-        assert job.state == SUCCEEDED, job.error
-        assert job.attempt == 2
-        assert await written(world, job_id) == EXPECTED
+        await further(world, job_id)
+        assert (await ended(world, job_id, tmp_path)).attempt == 2
         assert not descendants()
 
 
@@ -247,7 +259,7 @@ def _runs(pid: int) -> bool:
 async def test_a_dead_warden_takes_all_along(tmp_path: Path, caplog: Any) -> None:
     """If the warden is killed, its children die, their jobs fail, and the next job runs again."""
     async with World(tmp_path, a_child("steps")) as world:
-        job_id = await world.start("steps", {"steps": 10_000, "pause_s": 0.002})
+        job_id = await world.start("steps", endless(tmp_path))
         await world.until(job_id, RUNNING)
         await eventually(lambda: world.runners._live[job_id].meter.done > 0, "progress")
         warden = world.children._warden

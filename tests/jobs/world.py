@@ -144,7 +144,7 @@ class World:
         limits: Limits | None = None,
         stop_s: float = 20.0,
         uploads: UploadLimits | None = None,
-        child_grace_s: float = 2.0,
+        child_grace_s: float = 20.0,
         resolver: Callable[[Children], Resolver] = Resolver,
     ) -> None:
         self.folder = folder
@@ -307,11 +307,12 @@ async def eventually(check: Callable[[], T], what: str, within_s: float = 60) ->
 
 def descendants() -> list[int]:
     """The processes of programs that run now; the warden is none."""
-    everybody = processes()
-    mine, found = {os.getpid()}, []
-    for pid in sorted(everybody):
-        if everybody[pid].parent in mine and everybody[pid].state != "Z":
-            mine.add(pid)
-            if everybody[pid].parent != os.getpid():
-                found.append(pid)
-    return found
+    children: dict[int, list[int]] = {}
+    for pid, process in processes().items():
+        if process.state != "Z":
+            children.setdefault(process.parent, []).append(pid)
+    found: list[int] = []
+    below = children.get(os.getpid(), [])  # the warden
+    while below := [child for pid in below for child in children.get(pid, [])]:
+        found += below
+    return sorted(found)

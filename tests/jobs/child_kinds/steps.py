@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Literal
 
 import msgspec
@@ -16,29 +17,31 @@ RUNNER = "child"
 
 
 class Params(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """How many, how slowly, and how it ends."""
+    """How many at least, how slowly, and how it ends."""
 
     steps: int
+    go: str = ""  # it goes on with steps until this file is there
     pause_s: float = 0.0
     fail: Literal["", "code", "bug"] = ""
 
 
 async def run(ctx: Context, params: Params) -> dict[str, object]:
     """The cursor is the next step."""
-    begin = ctx.cursor or 0
-    ctx.log(f"began at {begin}")
+    n = ctx.cursor or 0
+    ctx.log(f"began at {n}")
     file = await ctx.artifact("lines.txt", "text/plain")
     try:
-        for n in range(begin, params.steps):
+        while n < params.steps or (params.go and not Path(params.go).exists()):
             if n == 1:
                 print("printed", flush=True)
             await file.write(b"%d\n" % n)
             time.sleep(params.pause_s)
-            await ctx.checkpoint(n + 1, done=n + 1, total=params.steps)
+            n += 1
+            await ctx.checkpoint(n, done=n, total=max(n, params.steps))
         if params.fail == "code":
             raise SluiceError("invalid-data", "as was asked for")
         if params.fail == "bug":
             raise ZeroDivisionError
     finally:
         ctx.log("ended")
-    return {"steps": params.steps, "attempt": ctx.attempt}
+    return {"steps": n, "attempt": ctx.attempt}
