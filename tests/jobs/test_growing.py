@@ -37,16 +37,19 @@ async def test_only_what_is_committed_may_be_read(tmp_path: Path) -> None:
         assert there(world, await world.job(job.id)) == 1500
 
 
-async def test_a_follower_is_told(tmp_path: Path) -> None:
+async def test_a_follower_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who waits is woken by the commit of the bytes, and by the end; then nobody listens."""
     async with World(tmp_path) as world:
         growing = Growing(world.manager, world.blobs)
         job = await begin(world, length=len(DATA))
         async with growing.follow(job, None) as follower:
             waiting = asyncio.ensure_future(follower.beyond(0))
-            await put(world, job, Sender(DATA[:1000]))
+            with monkeypatch.context() as patch:
+                patch.setattr("jobs.growing._TICK_S", 3600)
+                await put(world, job, Sender(DATA[:1000]))
             assert not waiting.done()  # until the next tick
-            await asyncio.wait_for(waiting, 5)
+            growing._tick()
+            await waiting
             assert (follower.bytes, follower.whole) == (1000, False)
             follower.hear(job)  # a row from before sets nothing back
             assert follower.bytes == 1000
@@ -54,7 +57,7 @@ async def test_a_follower_is_told(tmp_path: Path) -> None:
             await put(world, job, Sender(DATA[1000:]))
             assert not waiting.done()
             await world.uploads.complete(job)
-            await asyncio.wait_for(waiting, 5)
+            await waiting
             assert follower.whole
             assert follower.grown is not None
             reader = await growing.reader(follower.grown)  # published meanwhile
@@ -111,5 +114,5 @@ async def test_a_whole_has_no_bytes_before_it_is_joined(tmp_path: Path) -> None:
         async with growing.follow(whole, None) as follower:
             await put(world, part, Sender(DATA[4:10]))
             await world.uploads.complete(part)
-            await asyncio.wait_for(follower.beyond(9), 5)
+            await follower.beyond(9)
             assert follower.bytes == 10

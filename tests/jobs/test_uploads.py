@@ -7,11 +7,13 @@ import hashlib
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from errors import SluiceError
+from jobs.files import now_ms
 from jobs.upload import Plan, plan_of
 from jobs.uploads import ClientGone
 from jobs.uploads import Limits as UploadLimits
@@ -165,13 +167,14 @@ async def test_many_requests_at_once_leave_one_writer(tmp_path: Path) -> None:
         job = await begin(world, length=4)
         senders = [Sender(ends=False) for _ in range(10)]
         requests = [asyncio.create_task(put(world, job, sender)) for sender in senders]
-        ended, left = await asyncio.wait(requests, timeout=1)
-        assert len(left) == 1
+        await eventually(lambda: sum(request.done() for request in requests) == 9, "nine ends")
+        (left,) = [request for request in requests if not request.done()]
+        ended = [request for request in requests if request is not left]
         assert {await code_of(request) for request in ended} == {"upload-taken-over"}
-        (writer,) = [senders[requests.index(request)] for request in left]
+        writer = senders[requests.index(left)]
         writer.send(b"abcd")
         writer.end()
-        assert await left.pop() == 4
+        assert await left == 4
 
 
 async def test_watchers_are_told_of_what_happens_to_the_sender(tmp_path: Path) -> None:
@@ -400,16 +403,20 @@ async def test_a_joining_that_a_crash_cut_off_begins_anew(tmp_path: Path) -> Non
         assert world.published() == {f"{done.result and done.result.file}/whole": b"onetwo"}
 
 
-async def test_what_is_left_alone_expires_and_what_is_complete_does_not(tmp_path: Path) -> None:
+async def test_what_is_left_alone_expires_and_what_is_complete_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Only the unfinished one is cancelled; a request that is open keeps one alive."""
-    async with World(tmp_path, uploads=limits(expires_s=0.05)) as world:
+    async with World(tmp_path, uploads=limits(expires_s=60)) as world:
         done = await begin(world, length=4)
         await put(world, done, Sender(b"abcd"))
         await world.uploads.complete(done)
         left, open_ = await begin(world, length=4), await begin(world, length=4)
         request = asyncio.create_task(put(world, open_, Sender(ends=False)))
-        await asyncio.sleep(0.1)
-        assert await world.uploads.expire() == 1
+        await eventually(lambda: world.uploads.connected(open_), "its request is open")
+        with monkeypatch.context() as patch:
+            patch.setattr("jobs.uploads.now_ms", lambda: now_ms() + 61_000)
+            assert await world.uploads.expire() == 1
         gone = await world.job(left.id)
         assert (gone.state, gone.reason) == ("cancelled", "expired")
         assert await code_of(world.uploads.outcome(gone)) == "upload-gone"
@@ -432,11 +439,12 @@ async def test_a_slow_sync_takes_no_offset_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was acknowledged while the tick waited for the disk is not overwritten by it."""
-    go_on = asyncio.Event()
+    synced, go_on = asyncio.Event(), asyncio.Event()
     sync = MortalWriter.sync
 
     async def slow(writer: MortalWriter) -> int:
         done = await sync(writer)
+        synced.set()
         await go_on.wait()
         return done
 
@@ -447,7 +455,7 @@ async def test_a_slow_sync_takes_no_offset_back(
         await eventually(lambda: world.uploads.offset(job) == 4, "four bytes are stored")
         monkeypatch.setattr(MortalWriter, "sync", slow)
         tick = asyncio.create_task(world.uploads.save())
-        await asyncio.sleep(0)
+        await synced.wait()
         sender.send(b"efgh")
         sender.end()
         assert await request == 8
@@ -470,41 +478,51 @@ async def test_always_forces_them_before_they_are_acknowledged(tmp_path: Path) -
             assert (await world.job(job.id)).durable_bytes == 4
 
 
-async def test_a_silent_sender_is_cut_off(tmp_path: Path) -> None:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The clock of senders, which goes on when the test says so: ``now_s``."""
+    clock = SimpleNamespace(now_s=1000.0)
+    for module in ("flow", "upload"):
+        monkeypatch.setattr(f"jobs.{module}.monotonic", lambda: clock.now_s)
+    return clock
+
+
+async def test_a_silent_sender_is_cut_off(tmp_path: Path, clock: SimpleNamespace) -> None:
     """After idle_s without a byte; its bytes stay."""
-    async with World(tmp_path, uploads=limits(idle_s=0.05)) as world:
+    async with World(tmp_path, uploads=limits(idle_s=20)) as world:
         job = await begin(world, length=8)
         request = asyncio.create_task(put(world, job, Sender(b"abcd", ends=False)))
-        await asyncio.sleep(0.1)
+        await eventually(lambda: world.uploads.offset(job) == 4, "four bytes are stored")
+        clock.now_s += 21
         await world.uploads.save()
         assert await code_of(request) == "upload-stalled"
         assert (await world.job(job.id)).stored_bytes == 4
 
 
-async def test_a_trickle_is_cut_off(tmp_path: Path) -> None:
+async def test_a_trickle_is_cut_off(tmp_path: Path, clock: SimpleNamespace) -> None:
     """A byte now and then resets no clock: the average over idle_s counts."""
-    async with World(tmp_path, uploads=limits(idle_s=0.1, min_bytes_per_s=1000)) as world:
+    async with World(tmp_path, uploads=limits(idle_s=20, min_bytes_per_s=1000)) as world:
         job = await begin(world, length=1 << 20)
         sender = Sender(ends=False)
         request = asyncio.create_task(put(world, job, sender))
-        for _ in range(40):
+        for count in (1, 2, 3):
+            assert not request.done()
             sender.send(b"x")
-            await asyncio.sleep(0.01)
+            await eventually(lambda: world.uploads.offset(job) == count, "it is stored")  # noqa: B023
+            clock.now_s += 7
             await world.uploads.save()
-            if request.done():
-                break
         assert await code_of(request) == "upload-stalled"
 
 
-async def test_a_paused_sender_is_not_cut_off(tmp_path: Path) -> None:
+async def test_a_paused_sender_is_not_cut_off(tmp_path: Path, clock: SimpleNamespace) -> None:
     """It is not its fault that nothing comes."""
-    async with World(tmp_path, uploads=limits(idle_s=0.05, min_bytes_per_s=1000)) as world:
+    async with World(tmp_path, uploads=limits(idle_s=20, min_bytes_per_s=1000)) as world:
         job = await begin(world, length=4)
         sender = Sender(ends=False)
         request = asyncio.create_task(put(world, job, sender))
-        await asyncio.sleep(0)
+        await eventually(lambda: world.uploads.connected(job), "its request is open")
         await world.tell(job.id, "pause")
-        await asyncio.sleep(0.1)
+        clock.now_s += 21
         await world.uploads.save()
         await world.tell(job.id, "resume")
         sender.send(b"abcd")
