@@ -8,6 +8,7 @@ import ipaddress
 import json
 import os
 import random
+import socket
 import ssl
 import subprocess
 import sys
@@ -40,8 +41,9 @@ OTHER = random.Random(2).randbytes(300_000)
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No long waits before another try."""
+    """No long waits before another try, and short pieces, however many bytes have come."""
     monkeypatch.setattr(fetch, "_WAIT_S", (0.01, 0.05))
+    monkeypatch.setattr(_http, "_PIECE_BYTES", 32 << 10)
 
 
 def the_kind() -> Kind:
@@ -62,7 +64,7 @@ def a_world(folder: Path, **more: Any) -> World:
 async def ran(world: World, url: str, **params: Any) -> Job:
     """Run a fetch to its end."""
     job_id = await world.start("fetch", {"url": url} | params)
-    return await world.until(job_id, "succeeded", "failed", within_s=20)
+    return await world.until(job_id, "succeeded", "failed")
 
 
 def result(world: World, job: Job) -> bytes:
@@ -77,6 +79,11 @@ def done_of(world: World, job_id: str) -> int:
     """How many bytes a live job has."""
     process = world.runners._live.get(job_id)
     return process.meter.done if process is not None else 0
+
+
+async def for_ever() -> None:
+    """Say nothing any more."""
+    await asyncio.get_running_loop().create_future()
 
 
 async def log_of(world: World, job: Job) -> str:
@@ -294,11 +301,11 @@ class TestAnswers:
             if not silent:
                 await whole(DATA)(request)
             elif silent.pop() == "head":
-                await asyncio.sleep(60)
+                await for_ever()
             else:
                 await request.head("200 OK", Content_Length=len(DATA), ETag='"one"')
                 await request.body(DATA[:100_000])
-                await asyncio.sleep(60)
+                await for_ever()
 
         async with a_world(tmp_path) as world, Site(answer) as site:
             job = await ran(world, site.url(), idle_s=1)
@@ -307,10 +314,11 @@ class TestAnswers:
 
     async def test_nobody_listens(self, tmp_path: Path) -> None:
         """A refused connection is tried again, and told without an address."""
-        async with a_world(tmp_path) as world:
-            async with Site(whole(b"")) as site:
-                url = site.url()
-            error = error_of(await ran(world, url, retries=1))
+        with socket.socket() as taken:  # so that nobody else listens there meanwhile
+            taken.bind(("127.0.0.1", 0))
+            url = f"http://127.0.0.1:{taken.getsockname()[1]}/"
+            async with a_world(tmp_path) as world:
+                error = error_of(await ran(world, url, retries=1))
             assert (error["code"], error["detail"]) == (
                 "fetch-failed",
                 "127.0.0.1: can't be reached.",
@@ -386,8 +394,7 @@ class TestGoingOn:
         async def answer(request: Request) -> None:
             await request.head("200 OK", Content_Length=len(DATA))
             await request.body(DATA[:50_000])
-            await asyncio.sleep(0.02)
-            request.cut()
+            await request.cut()
 
         async with a_world(tmp_path) as world, Site(answer) as site:
             assert error_of(await ran(world, site.url(), retries=3))["code"] == "fetch-failed"
@@ -606,7 +613,7 @@ class TestGuard:
     async def test_a_look_up_that_hangs(self, tmp_path: Path) -> None:
         """A cancel ends its process at once."""
         program = tmp_path / "hang.py"
-        program.write_text("import time\ntime.sleep(60)\n")
+        program.write_text("import time\ntime.sleep(1000)\n")
 
         def resolver(children: Children) -> Resolver:
             return Resolver(children, (), (sys.executable, "-I", "-S", str(program)))
@@ -615,7 +622,7 @@ class TestGuard:
             job_id = await world.start("fetch", {"url": "http://slow.example/"})
             await eventually(lambda: len(world.children) == 1, "it looks the name up")
             await world.tell(job_id, "cancel")
-            await world.until(job_id, "cancelled", within_s=5)
+            await world.until(job_id, "cancelled")
             await eventually(lambda: len(world.children) == 0, "its process has ended")
 
     @pytest.mark.parametrize(
@@ -751,7 +758,7 @@ class TestPauses:
             assert sent < size
             assert world.runners._live[job_id].meter.done == done
             await world.tell(job_id, "resume")
-            job = await world.until(job_id, "succeeded", "failed", within_s=20)
+            job = await world.until(job_id, "succeeded", "failed")
             assert len(result(world, job)) == size
             assert len(site.requests) == 1
 
@@ -762,18 +769,18 @@ class TestPauses:
             if request.target == "/middle":
                 await request.head("200 OK", Content_Length=9)
                 await request.body(b"abc")
-            await asyncio.sleep(60)
+            await for_ever()
 
         async with a_world(tmp_path) as world, Site(answer) as site:
             for n, path in enumerate(("/head", "/middle"), 1):
                 job_id = await world.start("fetch", {"url": site.url(path)})
                 await eventually(partial(has_heard, site, n), "it asks")
                 await world.tell(job_id, "pause")
-                await world.until(job_id, "paused", within_s=3)
+                await world.until(job_id, "paused")
                 await world.tell(job_id, "resume")
                 await world.until(job_id, "running")
                 await world.tell(job_id, "cancel")
-                await world.until(job_id, "cancelled", within_s=3)
+                await world.until(job_id, "cancelled")
             await nothing_new(world, set())
 
     @pytest.mark.parametrize("how", ["warm", "cold", "kill", "cancel"])
@@ -859,7 +866,7 @@ def test_the_harness_finds_no_difference(ranges: bool) -> None:
     site = threading.Thread(target=lambda: asyncio.run(serve_until_stopped()))
     site.start()
     try:
-        params = {"url": f"http://127.0.0.1:{started.result(10)}/file.bin"}
+        params = {"url": f"http://127.0.0.1:{started.result(60)}/file.bin"}
         options = ("--fetch-allow", "127.0.0.1")
         report = check("fetch", params, sample=0 if FULL else 3, options=options)
         assert report.points["checkpoint"] >= 3
