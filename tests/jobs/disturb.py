@@ -37,6 +37,14 @@ class Trap:
         patch.setattr(Process, "checkpoint", checkpoint)
 
 
+class Exact(Process):
+    """A process whose child waits at each checkpoint, so that a trap springs exactly there."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.is_exact = True
+
+
 async def disturbed(world: World, job_id: str, trap: Trap, how: How) -> Job:
     """Wait for the end of a job through its disturbance; its last row."""
     ending = asyncio.ensure_future(world.until(job_id, "succeeded", "failed", "cancelled"))

@@ -23,6 +23,7 @@ from jobs.uploads import Limits as UploadLimits
 from storage import File, Job
 from storage.blobs_local import LocalBlobs, LocalReader
 from storage.state_sqlite import SqliteState
+from tests.jobs.disturb import How, Trap
 from tests.jobs.world import OWNER, Dead, World, a_kind, eventually
 
 ARCHIVE = kind_of(jobs.kinds.archive)
@@ -130,7 +131,7 @@ class TestMaking:
         """A member's time is that of its version, to the second."""
         async with a_world(tmp_path) as world:
             stored_ = await store(world, "a", b"abc")
-            _, file = await made(world, {"files": ["a"], "name": "b.zip", "expires_s": 5})
+            _, file = await made(world, {"files": ["a"], "name": "b.zip"})
             assert file.name == "b.zip"
             data = await content(world, file)
             at = (stored_.created_at // 1000).to_bytes(4, "little")
@@ -276,33 +277,37 @@ class TestChecksums:
             assert max(reads) == 256 * KIB
             assert len(reads) >= 9
 
-    async def test_progress_never_goes_back(self, tmp_path: Path) -> None:
+    async def test_progress_never_goes_back(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """Neither do pauses, warm or cold, read a byte twice; the zip is the same."""
-        async with a_world(tmp_path, warm_s=0.02) as world:
-            data = random.Random(4).randbytes(60 * MIB)
-            for number in range(3):
-                await store(world, f"{number}", data[number * 20 * MIB :][: 20 * MIB])
-            job_id = await world.start("archive", {"files": ["0", "1", "2"]})
+        async with a_world(tmp_path) as world:
+            dice = random.Random(4)
+            data = {f"{number}": dice.randbytes(2 * MIB) for number in range(3)}
+            for name, bytes_ in data.items():
+                await store(world, name, bytes_)
             seen: list[int] = []
-            for _ in range(4):
-                await progressed(world, job_id, seen)
-                if (await world.job(job_id)).state != "running":
-                    break
-                await world.tell(job_id, "pause")
-                await world.until(job_id, "paused", "succeeded")
-                seen.append((await world.job(job_id)).progress.done)
-                await asyncio.sleep(random.choice([0, 0.1]))  # so that it goes cold, or not
-                if (await world.job(job_id)).state == "paused":
-                    await world.tell(job_id, "resume")
+            job_id = ""
+            hows: list[How] = ["warm", "cold", "cold", "warm"]
+            for how in hows:
+                world.runners.warm_s = 0 if how == "cold" else 30
+                with monkeypatch.context() as inner:
+                    Trap(inner, world, 5, how)
+                    if job_id:
+                        await world.tell(job_id, "resume")
+                    else:
+                        job_id = await world.start("archive", {"files": list(data)})
+                    job = await world.until(job_id, "paused")
+                seen.append(job.progress.done)
+                if how == "cold":
+                    await eventually(lambda: job_id not in world.runners._live, "it is cold")  # noqa: B023
+            await world.tell(job_id, "resume")
             job = await world.until(job_id, "succeeded")
-            assert len(seen) > 4
-            assert seen == sorted(seen)
-            assert job.progress.done == 60 * MIB
+            assert 0 < seen[0] < seen[1] < seen[2] < seen[3] < 6 * MIB
+            assert job.progress.done == 6 * MIB
             assert job.result is not None
             archive = await stored(world, str(job.result.file))
-            assert await unpacked(world, archive) == {
-                f"{number}": data[number * 20 * MIB :][: 20 * MIB] for number in range(3)
-            }
+            assert await unpacked(world, archive) == data
 
     async def test_the_message_counts_files(self, tmp_path: Path) -> None:
         """A person sees how many of how many."""
@@ -471,22 +476,25 @@ class TestDying:
             number += 1
         assert number > 1, "it was never called"
 
-    async def test_members_go_while_it_is_down(self, tmp_path: Path) -> None:
+    async def test_members_go_while_it_is_down(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """What was kept before a crash is in the zip, though the file was deleted after it."""
         world = a_world(tmp_path)
         await world.open()
-        file = await store(world, "a", bytes(80 * MIB))
-        job_id = await world.start("archive", {"files": ["a"]})
-        await progressed(world, job_id, [])
-        await world.tell(job_id, "pause")
-        await world.until(job_id, "paused")
+        file = await store(world, "a", bytes(2 * MIB))
+        with monkeypatch.context() as inner:
+            Trap(inner, world, 5, "warm")
+            job_id = await world.start("archive", {"files": ["a"]})
+            job = await world.until(job_id, "paused")
+        assert 0 < job.progress.done < 2 * MIB
         await world.restart()
         await world.files.delete(file.id, OWNER)
         await world.tell(job_id, "resume")
         job = await world.until(job_id, "succeeded")
         assert job.result is not None
         archive = await stored(world, str(job.result.file))
-        assert await unpacked(world, archive) == {"a": bytes(80 * MIB)}
+        assert await unpacked(world, archive) == {"a": bytes(2 * MIB)}
         await world.close()
 
 
@@ -501,17 +509,6 @@ def spy_on_reads(patch: pytest.MonkeyPatch) -> list[int]:
 
     patch.setattr(LocalReader, "read", read)
     return reads
-
-
-async def progressed(world: World, job_id: str, seen: list[int]) -> None:
-    """Return when the job has read something more, or has ended."""
-    before = seen[-1] if seen else 0
-    while (await world.job(job_id)).state not in ("succeeded", "failed"):
-        process = world.runners._live.get(job_id)
-        if process is not None and process.meter.done > before:
-            seen.append(process.meter.done)
-            return
-        await asyncio.sleep(0.001)
 
 
 def mortal(

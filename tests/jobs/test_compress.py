@@ -10,7 +10,6 @@ import shutil
 import struct
 import subprocess
 import zlib
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,9 +20,11 @@ import zstandard
 from errors import SluiceError
 from jobs.add import add
 from jobs.kinds import Kind, _gzip, _zstd, compress, decompress, kind_of
+from jobs.runners import Runners
 from storage import Job
 from tests.harness import FULL
 from tests.jobs.disturb import (
+    Exact,
     How,
     Trap,
     at_every_checkpoint,
@@ -31,7 +32,7 @@ from tests.jobs.disturb import (
     error_of,
     nothing_new,
 )
-from tests.jobs.world import OWNER, World, a_kind, eventually
+from tests.jobs.world import OWNER, World, a_kind
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZES = (0, 1, 4096, 128 * KIB, _gzip.PART_BYTES, _gzip.PART_BYTES + 1, 9 * MIB + 7)
@@ -532,39 +533,26 @@ async def test_the_loop_stays_free(tmp_path: Path, params: dict[str, Any]) -> No
     assert gaps[int(len(gaps) * 0.99)] < 0.01, f"{gaps[-5:]}"
 
 
-@pytest.mark.parametrize("format", ["gzip", "zstd"])
-async def test_paused_in_its_process(tmp_path: Path, format: str) -> None:
+@pytest.mark.parametrize(("format", "number"), [("gzip", 600), ("zstd", 100)])
+async def test_paused_in_its_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, number: int
+) -> None:
     """Warm, cold, and over a crash the process makes the bytes that the lane makes."""
-    data = text(24 * MIB)
+    monkeypatch.setattr(Runners, "process", Exact)
+    data = text(18 * MIB)
     params = {"file": "in", "format": format, "level": 9}
-    async with a_world(tmp_path, lane=False, warm_s=0.1) as world:
+    hows: list[How] = ["warm", "cold", "kill"]
+    async with a_world(tmp_path, lane=False) as world:
         await put(world, "in", data)
         alone = result(world, await ran(world, "compress", params))
-        for how in ("warm", "cold", "crash"):
-            job_id = await world.start("compress", params)
-            await eventually(partial(moved, world, job_id), "it compresses")
-            if how == "crash":
-                await world.restart()
-            else:
-                await world.tell(job_id, "pause")
-                await world.until(job_id, "paused", "succeeded")
-                if how == "cold":
-                    await eventually(partial(unwound, world, job_id), "it is cold")
-                await world.tell(job_id, "resume")
-            job = await world.until(job_id, "succeeded", "failed", within_s=30)
+        for how in hows:
+            world.warm_s = world.runners.warm_s = 0 if how == "cold" else 30
+            with monkeypatch.context() as inner:
+                trap = Trap(inner, world, number, how)
+                job = await disturbed(world, await world.start("compress", params), trap, how)
+            assert trap.sprung.is_set()
             assert result(world, job) == alone
         assert len(world.children) == 0
-
-
-def unwound(world: World, job_id: str) -> bool:
-    """Whether nothing is left of a job but its row."""
-    return job_id not in world.runners._live
-
-
-def moved(world: World, job_id: str) -> bool:
-    """Whether a job that runs has got somewhere."""
-    process = world.runners._live.get(job_id)
-    return process is not None and process.meter.done > 0
 
 
 def test_the_magic_is_not_taken_for_another() -> None:

@@ -27,6 +27,7 @@ from jobs.kinds import Context, Kind, Registry, _formats, _records, export, kind
 from storage import Filter, Job
 from tests.conftest import Serve
 from tests.harness import FULL, Server, eventually, form
+from tests.jobs.disturb import Trap
 from tests.jobs.world import OWNER, World, a_kind
 
 FORMATS = ("csv", "jsonl", "csv.gz", "jsonl.gz")
@@ -720,6 +721,8 @@ async def test_an_artefact_expires_also_if_it_is_not_opened_again(tmp_path: Path
         await begun.wait()
         await world.tell(job_id, "pause")
         await world.until(job_id, "paused")
+        while job_id in world.runners._live:  # until it is cold
+            await asyncio.sleep(0)
         await world.tell(job_id, "resume")
         job = await world.until(job_id, "succeeded")
         assert job.result is not None and job.result.file is not None
@@ -740,36 +743,33 @@ def test_parts_of_gzip_are_neither_too_small_nor_too_long(
             data = await made(world, few)
             assert len(data) < 1.1 * len(gzip.compress(gzip.decompress(data), 4))
             monkeypatch.setattr(_formats, "_PART_SOURCE_BYTES", 1 << 17)
+            Trap(monkeypatch, world, 15, "cold")
             job_id = await world.start("export", few | {"where": "n = 'none'"})
-            done = 0
-            while done < 1 << 19:
-                job = await world.job(job_id)
-                assert job.state in ("queued", "running")
-                now = world.runners.glance(job).progress
-                done = now.done if now is not None else 0
-                await asyncio.sleep(0)
-            await world.tell(job_id, "pause")
             job = await world.until(job_id, "paused")
+            assert job.progress.done > 1 << 19
             assert job.cursor["cursor"]["offset"] > 1 << 18
 
     asyncio.run(work())
 
 
-def test_a_source_that_is_deleted_fails_the_job(tmp_path: Path) -> None:
+def test_a_source_that_is_deleted_fails_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An export that is resumed after its source was deleted says so; newer ones are not read."""
 
     async def work() -> None:
         async with a_world(tmp_path, warm_s=0) as world:
-            old = await put(world, "t.csv", b"a\n" + b"1\n" * 300_000)
+            old = await put(world, "t.csv", b"a\n" + b"1\n" * 60_000)
             alone = await made(world, {"source": "t.csv", "name": "alone"})
             jobs: list[str] = []
             for name in "xy":
-                job_id = await world.start("export", {"source": "t.csv", "name": name})
-                while len(world.unfinished()) == len(jobs):
-                    await asyncio.sleep(0)
-                jobs.append(job_id)
-                await world.tell(job_id, "pause")
-                await world.until(job_id, "paused")
+                with monkeypatch.context() as patch:
+                    Trap(patch, world, 200, "cold")
+                    jobs.append(await world.start("export", {"source": "t.csv", "name": name}))
+                    await world.until(jobs[-1], "paused")
+            assert len(world.unfinished()) == len(jobs)
+            while world.runners._live:  # until they are cold
+                await asyncio.sleep(0)
             await put(world, "t.csv", b"b\n2\n")
             await world.tell(jobs[0], "resume")
             job = await world.until(jobs[0], "succeeded")

@@ -16,9 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.kinds import csv_import, export, kind_of
+from jobs.runners import Runners
 from storage import Job
 from tests.harness import FULL
-from tests.jobs.world import World, eventually
+from tests.jobs.disturb import Exact, How, Trap
+from tests.jobs.world import World
 
 TABLE = (
     b"n,name,price,open,day,at,exact\n"
@@ -176,23 +178,31 @@ async def test_an_empty_table(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("format", ["csv", "jsonl.gz", "parquet"])
-async def test_killed_and_paused(tmp_path: Path, format: str) -> None:
+async def test_killed_and_paused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
+) -> None:
     """The result has the same bytes as that of an undisturbed run."""
+    monkeypatch.setattr(Runners, "process", Exact)
+    hows: list[How] = ["kill", "cold", "kill"]
     rows = 200_000 if FULL else 40_000
     data = b"n,name\n" + b"".join(b"%d,row %d\n" % (n, n) for n in range(rows))
     async with a_world(tmp_path, warm_s=0.0) as world:
         await table(world, data, types={})
         expected = bytes_of(world, await ended(world, format=format))
-        job_id = await world.start("export", {"source": "t", "format": format, "name": "again"})
-        for n in range(3):
-            await eventually(world.unfinished, "it has begun")
-            if n % 2:
-                await world.tell(job_id, "pause")
-                await world.until(job_id, "paused")
-                await world.tell(job_id, "resume")
-            else:
-                await world.restart()
-        job = await world.until(job_id, "succeeded", "failed", within_s=60)
+        wish = {"source": "t", "format": format, "name": "again"}
+        job_id = ""
+        for how in hows:
+            with monkeypatch.context() as patch:
+                trap = Trap(patch, world, 40, how)
+                if not job_id:
+                    job_id = await world.start("export", wish)
+                await trap.sprung.wait()
+                if how == "kill":
+                    await world.restart()
+                else:
+                    await world.until(job_id, "paused")
+                    await world.tell(job_id, "resume")
+        job = await world.until(job_id, "succeeded", "failed")
         assert bytes_of(world, job) == expected
         assert world.unfinished() == []
 
