@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
-from time import perf_counter
+from time import process_time
 from typing import Any
 
 import pytest
@@ -301,10 +301,10 @@ def test_the_limits_themselves_are_allowed(text: str) -> None:
 )
 def test_hostile_texts_end_soon(pattern: str) -> None:
     """No text of the allowed length takes long to refuse."""
-    begin = perf_counter()
+    begin = process_time()
     with pytest.raises(WhereError):
         parse(pattern)
-    assert perf_counter() - begin < 1
+    assert process_time() - begin < 1
 
 
 @given(st.text(max_size=60))
@@ -415,9 +415,9 @@ def test_patterns_cost_linear_time(pattern: str, unit: str) -> None:
         text = unit * n
         best = 9e9
         for _ in range(5):
-            begin = perf_counter()
+            begin = process_time()
             test(text)
-            best = min(best, perf_counter() - begin)
+            best = min(best, process_time() - begin)
         return best
 
     assert seconds(80_000) < 30 * seconds(10_000) + 0.0005
