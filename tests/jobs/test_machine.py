@@ -164,7 +164,7 @@ class WholeMachine(RuleBasedStateMachine):
         """Run something on the loop."""
 
         async def limited() -> Any:
-            return await asyncio.wait_for(work, 30)
+            return await asyncio.wait_for(work, 300)
 
         return self.runner.run(limited())
 
@@ -430,7 +430,7 @@ class WholeMachine(RuleBasedStateMachine):
 async def eventually_final(machine: WholeMachine, world: World) -> None:
     """Return when all jobs have ended; say which ones don't."""
     for job in await machine._jobs(world):
-        end = asyncio.get_running_loop().time() + 20
+        end = asyncio.get_running_loop().time() + 60
         while (job := await world.manager.get(job.id, job.owner)).state not in FINAL:
             late = asyncio.get_running_loop().time() > end
             assert not late, f"{job.kind} is stuck: {job.state}, wants {job.want}"

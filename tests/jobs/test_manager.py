@@ -251,7 +251,7 @@ async def test_no_more_jobs_run_than_there_are_slots(tmp_path: Path) -> None:
     async with World(tmp_path, a_kind("busy", busy), limits=Limits(slots=8)) as world:
         ids = [await world.start("busy") for _ in range(200)]
         for job_id in ids:
-            await world.until(job_id, "succeeded", within_s=30)
+            await world.until(job_id, "succeeded")
         assert most == 8
         await eventually(lambda: world.manager.running == 0, "all slots are free")
 
@@ -644,10 +644,11 @@ async def test_kind_that_swallows_its_end_is_given_up(
 ) -> None:
     """After the force a last deadline ends the state; the slot is free; a late end is ignored."""
     monkeypatch.setattr("jobs.states._END_MS", 50)
-    gate = asyncio.Event()
+    started, gate = asyncio.Event(), asyncio.Event()
 
     async def immortal(ctx: Any, params: Any) -> dict[str, Any]:
         file = await ctx.artifact("late.txt")
+        started.set()
         while not gate.is_set():
             try:
                 await gate.wait()
@@ -658,7 +659,7 @@ async def test_kind_that_swallows_its_end_is_given_up(
 
     async with World(tmp_path, a_kind("immortal", immortal), limits=QUICK) as world:
         job_id = await world.start("immortal")
-        await eventually(world.unfinished, "it runs")
+        await started.wait()
         await world.tell(job_id, "cancel")
         job = await world.until(job_id, "cancelled")
         assert job.reason == "forced"
@@ -676,11 +677,12 @@ async def test_kind_that_was_given_up_in_a_pause_can_be_resumed(
 ) -> None:
     """Paused by the last deadline while it is stuck, then resumed: it goes on, and may succeed."""
     monkeypatch.setattr("jobs.states._END_MS", 50)
-    gate = asyncio.Event()
+    started, gate = asyncio.Event(), asyncio.Event()
 
     async def immortal(ctx: Any, params: Any) -> dict[str, Any]:
         file = await ctx.artifact("out.txt")
         await file.write(b"first")
+        started.set()
         while not gate.is_set():
             try:
                 await gate.wait()
@@ -692,7 +694,7 @@ async def test_kind_that_was_given_up_in_a_pause_can_be_resumed(
 
     async with World(tmp_path, a_kind("immortal", immortal), limits=QUICK) as world:
         job_id = await world.start("immortal")
-        await eventually(world.unfinished, "it runs")
+        await started.wait()
         await world.tell(job_id, "pause")
         await world.until(job_id, "paused")
         await world.tell(job_id, "resume")
@@ -1534,7 +1536,7 @@ class ManagerMachine(RuleBasedStateMachine):
         """Run something on the loop."""
 
         async def limited() -> Any:
-            return await asyncio.wait_for(work, 120)
+            return await asyncio.wait_for(work, 300)
 
         return self.runner.run(limited())
 

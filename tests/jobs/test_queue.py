@@ -272,7 +272,7 @@ async def test_after_and_not_before(tmp_path: Path) -> None:
         await world.until(soon, "succeeded")
         row = world.manager.row(await world.until(late, "scheduled"))
         while row["waiting"]["why"] != "time":
-            await asyncio.wait_for(world.state.wait(world.state._seq - 1), 5)
+            await asyncio.sleep(0.002)
             row = world.manager.row(await world.job(late))
         assert row["state"] == "scheduled"
 
@@ -285,7 +285,7 @@ async def test_a_chain_of_a_thousand(tmp_path: Path) -> None:
         for _ in range(1000):
             last = await world.start("once", after=[last])
         await world.tell(first, "cancel")
-        await world.until(last, "cancelled", within_s=30)
+        await world.until(last, "cancelled", within_s=240)
         assert (await world.manager.counts(OWNER))["cancelled"] == 1001
 
 
@@ -411,7 +411,7 @@ async def test_a_start_whose_caller_has_gone_runs(tmp_path: Path) -> None:
         await asyncio.wait([caller])
         await eventually(lambda: world.state._seq == 3, "it has ended")
         assert (await world.state.counts(None)) == {"succeeded": 1}
-        assert world.manager.running == 0
+        await eventually(lambda: world.manager.running == 0, "the slot is free")
 
 
 async def test_a_start_that_waits_and_whose_caller_has_gone_runs(tmp_path: Path) -> None:

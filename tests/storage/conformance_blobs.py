@@ -226,7 +226,7 @@ class Writing:
         deadline=None,
         database=None,
         max_examples=40,
-        suppress_health_check=[HealthCheck.function_scoped_fixture],
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     )
     @given(
         moves=st.lists(

@@ -1468,8 +1468,8 @@ class Logging:
     async def test_wait_returns_what_is_there(self, state: State) -> None:
         """Who is behind does not wait."""
         await start_all(state, [a_job(), a_job("j2")])
-        assert await asyncio.wait_for(state.wait(0), 5) == 2
-        assert await asyncio.wait_for(state.wait(1), 5) == 2
+        assert await asyncio.wait_for(state.wait(0), 60) == 2
+        assert await asyncio.wait_for(state.wait(1), 60) == 2
 
     async def test_a_commit_wakes_all_who_wait(self, state: State) -> None:
         """Everyone who waits learns of a commit when its event can be read."""
@@ -1478,7 +1478,7 @@ class Logging:
         await asyncio.sleep(0)
         assert not any(task.done() for task in waiting)
         await move(state, job, "running")
-        assert await asyncio.wait_for(asyncio.gather(*waiting), 5) == [2] * 5
+        assert await asyncio.wait_for(asyncio.gather(*waiting), 60) == [2] * 5
         assert (await state.events(1, 1))[0].seq == 2
 
     async def test_deleting_wakes_too(self, state: State) -> None:
@@ -1486,7 +1486,7 @@ class Logging:
         job = await start(state, a_job(state="failed"))
         waiting = asyncio.create_task(state.wait(1))
         await forget(state, job)
-        assert await asyncio.wait_for(waiting, 5) == 2
+        assert await asyncio.wait_for(waiting, 60) == 2
 
     async def test_only_events_wake(self, state: State) -> None:
         """Saves, log lines and claims leave those who wait for events alone."""
@@ -1509,7 +1509,7 @@ class Logging:
         impatient.cancel()
         await asyncio.wait([impatient])
         await move(state, job, "running")
-        assert await asyncio.wait_for(patient, 5) == 2
+        assert await asyncio.wait_for(patient, 60) == 2
 
     async def test_progress_reaches_every_listener(self, state: State) -> None:
         """Each iteration of progress_in gets what is told from then on, in order."""
@@ -1559,7 +1559,7 @@ class Logging:
         for n in range(1_000):
             await state.progress_out([(n,)])
         go_on.set()
-        assert await asyncio.wait_for(task, 5) == 999
+        assert await asyncio.wait_for(task, 60) == 999
 
 
 class Filing:
@@ -1895,7 +1895,7 @@ class Restarting:
         third = await start(state, a_job("j3"))
         assert third.h > max(job.h for job in jobs)
         assert [seq for seq, *_ in await log_of(state)] == [1, 2, 3]
-        assert await asyncio.wait_for(state.wait(2), 5) == 3
+        assert await asyncio.wait_for(state.wait(2), 60) == 3
         await state.close()
 
     async def test_the_log_goes_on_though_its_end_was_deleted(self, url: str) -> None:

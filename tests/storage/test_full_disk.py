@@ -28,6 +28,6 @@ def test_a_full_disk(tmp_path: Path, what: str) -> None:
         pytest.skip(f"a small disk can't be mounted: {probe.stderr.strip()}")
     program = [sys.executable, "-B", "-m", "tests.storage.full_disk", what, str(tmp_path)]
     done = subprocess.run(
-        [*mounted, *program], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
+        [*mounted, *program], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
     )
     assert done.returncode == 0, done.stderr

@@ -272,7 +272,10 @@ def test_as_many_columns_as_there_can_be(path: Path) -> None:
         )
     )
 )
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    max_examples=50,
+)
 def test_cells_come_out_as_they_went_in(tmp_path: Path, rows: list[tuple[Any, ...]]) -> None:
     """Nothing is cut, rounded or made of another type."""
     path = tmp_path / "any"
