@@ -175,6 +175,7 @@ class TestRemoving:
         for i in range(3):
             await put(blobs, f"b{i}", b"abc")
             os.truncate(folder / f"tmp/b{i}", 200 * MIB)
+        for i in range(3):
             await blobs.discard(f"b{i}")
         assert len(held(folder)) == 3
         await blobs.close()
