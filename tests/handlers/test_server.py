@@ -19,6 +19,44 @@ from tests.conftest import Serve
 from tests.handlers.clients import UUID7, Caller, Raw
 from tests.harness import ROOT, Server, Socket, eventually
 
+# Counts to 200. In the middle it waits for a file; if it is deaf, without hearing of anything else.
+GATED = """
+import asyncio
+from pathlib import Path
+import msgspec
+
+KIND, TITLE, PAUSE = "gated", "Counts, and waits in the middle", "at once"
+
+class Params(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    until: str
+    deaf: bool = False
+
+async def run(ctx, params):
+    at = ctx.cursor or 0
+    while at < 200:
+        while at == 100 and not Path(params.until).exists():
+            await (asyncio if params.deaf else ctx).sleep(0.01)
+        at += 1
+        await ctx.checkpoint(at, done=at, total=200)
+    return {"counted": at}
+"""
+
+
+class Gated:
+    """A server with a job that waits in its middle until it is let go on."""
+
+    def __init__(self, serve: Serve, folder: Path, **params: Any) -> None:
+        kind, self._until = folder / "gated.py", folder / "until"
+        kind.write_text(GATED)
+        self.server = serve("--kinds", str(kind))
+        start = {"kind": "gated", "params": {"until": str(self._until), **params}}
+        self.id = str(self.server.post("/v1/jobs", start).json["id"])
+        eventually(lambda: self.server.job(self.id)["progress"]["done"] == 100, "it waits")
+
+    def go_on(self) -> None:
+        """Let it count on."""
+        self._until.touch()
+
 
 def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run the program as a person does."""
@@ -151,7 +189,7 @@ def channel(server: Server) -> Socket:
 def stopped(server: Server, status: int = 0) -> None:
     """Wait until the server, which was signalled, has ended with this status."""
     assert server.process is not None
-    assert server.process.wait(10) == status
+    assert server.process.wait(20) == status
     server.kill()  # only takes note of it
 
 
@@ -163,9 +201,10 @@ def test_a_signal_stops_the_server_in_good_order(serve: Serve, number: signal.Si
     stopped(server)
 
 
-def test_while_stopping_new_work_is_refused(serve: Serve) -> None:
+def test_while_stopping_new_work_is_refused(serve: Serve, tmp_path: Path) -> None:
     """What would change something is a 503 with Retry-After; looking is still possible."""
-    server = serve()
+    busy = Gated(serve, tmp_path, deaf=True)  # for so long it does not end
+    server = busy.server
     watcher = channel(server)
     asked = [
         ("POST", "/a/process/", 503),
@@ -189,41 +228,40 @@ def test_while_stopping_new_work_is_refused(serve: Serve) -> None:
             assert answer.json["code"] == "stopping"
             assert int(answer.headers["Retry-After"]) >= 1
         raw.close()
+    busy.go_on()
     watcher.close()
     stopped(server)
 
 
-def test_a_process_goes_on_from_its_cursor(serve: Serve) -> None:
+def test_a_process_goes_on_from_its_cursor(serve: Serve, tmp_path: Path) -> None:
     """A process that ran at a stop runs on after the next start, not from its beginning."""
-    server = serve()
-    job = server.get("/a/process/?kind=count&steps=200&delay_s=0.005").json
-    done = eventually(
-        lambda: (n := server.job(job["id"])["progress"]["done"]) > 100 and n, "half of it"
-    )
+    half = Gated(serve, tmp_path)
+    server = half.server
     assert server.stop() == 0
     server.start()
-    assert server.job(job["id"])["progress"]["done"] >= done
-    ended = server.wait_for(job["id"], "succeeded")
+    assert server.job(half.id)["progress"]["done"] == 100
+    half.go_on()
+    ended = server.wait_for(half.id, "succeeded")
     assert ended["result"]["data"] == {"counted": 200}
-    events = server.get(f"/v1/jobs/{job['id']}/events").json["items"]
+    events = server.get(f"/v1/jobs/{half.id}/events").json["items"]
     assert [event["cause"] for event in events] == [
         *("created", "claimed", "shutdown", "claimed", "done")
     ]
 
 
-def test_a_paused_process_stays_paused(serve: Serve) -> None:
+def test_a_paused_process_stays_paused(serve: Serve, tmp_path: Path) -> None:
     """A pause holds over a stop and a start, and is resumed from its cursor."""
-    server = serve()
-    job = server.get("/a/process/?kind=count&steps=100&delay_s=0.005").json
-    eventually(lambda: server.job(job["id"])["progress"]["done"] > 20, "it counts")
-    server.post("/a/process/pause/")
-    done = server.wait_for(job["id"], "paused")["progress"]["done"]
+    half = Gated(serve, tmp_path)
+    server = half.server
+    server.post(f"/{half.id}/process/pause/")
+    server.wait_for(half.id, "paused")
     assert server.stop() == 0
+    half.go_on()
     server.start()
-    paused = server.job(job["id"])
-    assert (paused["state"], paused["progress"]["done"]) == ("paused", done)
-    server.post("/a/process/resume/")
-    assert server.wait_for(job["id"], "succeeded")["result"]["data"] == {"counted": 100}
+    paused = server.job(half.id)
+    assert (paused["state"], paused["progress"]["done"]) == ("paused", 100)
+    server.post(f"/{half.id}/process/resume/")
+    assert server.wait_for(half.id, "succeeded")["result"]["data"] == {"counted": 200}
 
 
 @pytest.mark.parametrize("paused", [False, True])
@@ -290,19 +328,19 @@ def test_a_stop_ends_forms_and_exports(serve: Serve) -> None:
     assert caller.temporary() == set()
 
 
-def test_a_second_signal_ends_at_once(serve: Serve) -> None:
+def test_a_second_signal_ends_at_once(serve: Serve, tmp_path: Path) -> None:
     """Who is in a hurry signals twice; the next start puts everything right."""
-    server = serve()
-    job = server.get("/a/process/?kind=count&steps=100&delay_s=0.01").json
-    server.wait_for(job["id"], "running")
+    busy = Gated(serve, tmp_path, deaf=True)
+    server = busy.server
     watcher = channel(server)
     os.kill(server.pid, signal.SIGTERM)
     watcher.until(lambda m: m["t"] == "bye")
     os.kill(server.pid, signal.SIGINT)
     stopped(server, 1)
     watcher.close()
+    busy.go_on()
     server.start()
-    assert server.wait_for(job["id"], "succeeded")["result"]["data"] == {"counted": 100}
+    assert server.wait_for(busy.id, "succeeded")["result"]["data"] == {"counted": 200}
 
 
 # Add
