@@ -14,6 +14,29 @@ from urllib.parse import quote
 
 from tests.harness import Answer, Server, eventually, form
 
+# A kind with something to take back, which lasts until a file is there: so a test says how long.
+UNDOING = """
+import asyncio
+from pathlib import Path
+import msgspec
+
+KIND, TITLE, PAUSE = "undoing", "Has something to take back", "at once"
+
+class Params(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    until: str
+
+async def take_back(until):
+    while not Path(until).exists():
+        await asyncio.sleep(0.01)
+
+UNDO = {"take_back": take_back}
+
+async def run(ctx, params):
+    await ctx.undo("take_back", until=params.until)
+    await ctx.checkpoint(1, done=1)
+    await ctx.sleep(3600)
+"""
+
 UUID7 = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Serve
-from tests.handlers.clients import UUID7, Caller, Raw
+from tests.handlers.clients import UNDOING, UUID7, Caller, Raw
 from tests.harness import Answer, Server, eventually, form
 
 FIELDS = {
@@ -170,27 +170,27 @@ def test_a_name_may_hold_any_characters(caller: Caller) -> None:
 
 def test_jobs_are_listed_newest_first_and_page_by_page(caller: Caller) -> None:
     """Pages follow each other without a gap and without a job twice."""
-    ids = [start(caller, 0)["id"] for _ in range(7)]
+    ids = [start(caller, 0)["id"] for _ in range(9)]
     for job_id in ids:
         caller.server.wait_for(job_id, "succeeded")
     found: list[str] = []
     after = ""
-    while len(found) < 7:
+    while len(found) < 9:
         page = caller.get(f"/v1/jobs?kind=count&limit=3{after}").json
         assert len(page["items"]) == 3
         found += [job["id"] for job in page["items"]]
         after = f"&after={page['next']}"
-    assert found[:7] == ids[::-1]
-    assert len(set(found)) == len(found)
+    assert found == ids[::-1]
 
 
-def test_the_end_of_a_list_is_told(site: Server) -> None:
+def test_the_end_of_a_list_is_told(site: Server, caller: Caller) -> None:
     """On the last page next is null."""
+    for _ in range(2):
+        ended(caller)
     rows = len(site.jobs("?limit=500"))
     assert site.get("/v1/jobs?limit=500").json["next"] is None
-    if rows > 1:
-        page = site.get(f"/v1/jobs?limit={rows - 1}").json
-        assert len(site.jobs(f"?limit=1&after={page['next']}")) == 1
+    page = site.get(f"/v1/jobs?limit={rows - 1}").json
+    assert len(site.jobs(f"?limit=1&after={page['next']}")) == 1
 
 
 def test_filters_may_be_repeated(caller: Caller, name: str) -> None:
@@ -456,14 +456,18 @@ def test_a_job_that_has_ended_takes_no_command(caller: Caller, verb: str) -> Non
     assert (answer.json["job"], answer.json["state"]) == (job["id"], "succeeded")
 
 
-def test_a_job_that_is_being_cancelled_is_not_resumed(caller: Caller) -> None:
+def test_a_job_that_is_being_cancelled_is_not_resumed(serve: Serve, tmp_path: Path) -> None:
     """A cancel is never withdrawn; its grace can be ended by force."""
-    job = start(caller, 100, 0.02, params={"steps": 10**6, "delay_s": 0.02, "undo_steps": 1000})
-    eventually(lambda: caller.server.job(job["id"])["progress"]["done"] > 5, "it counts")
+    kind, until = tmp_path / "undoing.py", tmp_path / "until"
+    kind.write_text(UNDOING)
+    caller = Caller(serve("--kinds", str(kind)), "c")
+    job = caller.post("/v1/jobs", {"kind": "undoing", "params": {"until": str(until)}}).json
+    eventually(lambda: caller.server.job(job["id"])["progress"]["done"] == 1, "it has done it")
     assert command(caller, job, "cancel").status == 202
     for verb in ("pause", "resume"):
         answer = command(caller, job, verb)
         assert (answer.status, answer.json["code"]) == (409, "job-cancelling")
+    until.touch()
     caller.server.wait_for(job["id"], "cancelled")
 
 
@@ -609,7 +613,7 @@ def test_each_event_says_who_caused_it_and_through_which_door(serve: Serve) -> N
         rows = server.get(f"/v1/jobs/{job_id}/events").json["items"]
         return [(e["to"], e["cause"], e["actor"], e["via"]) for e in rows]
 
-    job = caller.get("/demo/process/").json["id"]
+    job = caller.get("/demo/process/?steps=100000").json["id"]
     server.wait_for(job, "running")
     socket = server.socket("jobs.v1.json", header=["X-Client-Id: bob"])
     socket.say(t="hello", ver=1)
@@ -752,10 +756,13 @@ def test_a_form_shows_what_was_received_while_it_arrives(site: Server) -> None:
             lambda: [
                 job["transfer"]
                 for job in site.jobs("?state=running")
-                if job["name"] == "arriving.bin" and job["transfer"]["stored_bytes"] > 90_000
+                if job["name"] == "arriving.bin"
+                and job["transfer"]["stored_bytes"] > 90_000
+                # Nothing is on its way between the one and the other.
+                and job["transfer"]["received_bytes"] == job["transfer"]["stored_bytes"]
             ],
             "the first part is stored",
         )[0]
-        assert transfer["received_bytes"] == transfer["stored_bytes"]
+        assert transfer["received_bytes"] <= 100_000
         connection.sendall(body[100_000:])
         assert connection.recv(12) == b"HTTP/1.1 200"

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import pytest
 
 from tests.conftest import Serve
-from tests.handlers.clients import Caller, Raw
+from tests.handlers.clients import UNDOING, Caller, Raw
 from tests.harness import Answer, Server, eventually
 
 ENDLESS = {"steps": 100_000, "delay_s": 0.01}
@@ -148,7 +151,7 @@ def test_a_command_is_answered_when_it_is_done(caller: Caller) -> None:
 
 def test_a_cancel_that_takes_long_is_under_way(caller: Caller) -> None:
     """A command that is not done in time is a 202, as without waiting."""
-    params = {"steps": 10**6, "delay_s": 0, "undo_steps": 1000}
+    params = {"steps": 10**12, "delay_s": 0, "undo_steps": 1000}
     job = caller.post("/v1/jobs", count(params)).json
     eventually(lambda: caller.server.job(job["id"])["progress"]["done"] > 300, "it counts")
     answer = post(caller, job, "cancel", Prefer="wait=0")
@@ -316,8 +319,10 @@ def test_a_repeat_while_the_first_is_under_way_is_a_409(caller: Caller) -> None:
         for raw in (one, two):
             raw.head("POST", "/v1/jobs", **head)
             raw.send(body[:-1])
+        os.kill(caller.server.pid, signal.SIGSTOP)  # so that it finds both at once
         one.send(body[-1:])
         two.send(body[-1:])
+        os.kill(caller.server.pid, signal.SIGCONT)
         answers = [one.answer(), two.answer()]
     assert sorted(answer.status for answer in answers) == [201, 409]
     refused = max(answers, key=lambda answer: answer.status)
@@ -603,18 +608,22 @@ def test_many_jobs_are_commanded_by_a_filter(serve: Serve) -> None:
     assert caller.server.jobs() == []
 
 
-def test_many_cancels_may_be_forced(caller: Caller) -> None:
+def test_many_cancels_may_be_forced(serve: Serve, tmp_path: Path) -> None:
     """With force=1 the grace of each ends, and the history says who has asked for that."""
-    params = {"steps": 10**6, "delay_s": 0.02, "undo_steps": 1000}
-    jobs = [caller.post("/v1/jobs", count(params)).json["id"] for _ in range(2)]
+    kind, until = tmp_path / "undoing.py", tmp_path / "until"
+    kind.write_text(UNDOING)
+    caller = Caller(serve("--kinds", str(kind)), "c")
+    start = {"kind": "undoing", "params": {"until": str(until)}}
+    jobs = [caller.post("/v1/jobs", start).json["id"] for _ in range(2)]
 
-    def count_on() -> bool:
-        return all(caller.server.job(job)["progress"]["done"] > 5 for job in jobs)
+    def have_begun() -> bool:
+        return all(caller.server.job(job)["progress"]["done"] == 1 for job in jobs)
 
-    eventually(count_on, "they count")
+    eventually(have_begun, "they have something to take back")
     for query in ("", "", "?force=1"):
         answer = caller.post(f"/v1/jobs/cancel{query}", {"ids": jobs})
         assert answer.json == {"n": 2, "failures": 0, "failed": []}
+    until.touch()
     for job in jobs:
         caller.server.wait_for(job, "cancelled")
         events = caller.get(f"/v1/jobs/{job}/events").json["items"]
