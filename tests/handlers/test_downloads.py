@@ -617,10 +617,23 @@ async def test_tls_pause_and_resume(connect: Connect, data: bytes) -> None:
     assert (await state(other, job, "succeeded"))["progress"]["done"] == length
 
 
-@pytest.mark.parametrize("idle_s", [1.0])
 @pytest.mark.gen_test(timeout=60)
-async def test_tls_a_pause_stops_the_clock(connect: Connect, data: bytes, idle_s: float) -> None:
+async def test_tls_a_pause_stops_the_clock(
+    connect: Connect, data: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A reader that is silent while its download is paused is not cut off, as others are."""
+    senders: list[send.Sender] = []
+    begin = send.Sender.__init__
+
+    def seen(self: send.Sender, handler: BaseHandler) -> None:
+        begin(self, handler)
+        senders.append(self)
+
+    def wait_at_most(idle_s: float, sender: send.Sender) -> None:
+        sender._idle_s = idle_s
+        sender.wake()
+
+    monkeypatch.setattr(send.Sender, "__init__", seen)
     tls, witness, other = await connect(), await connect(), await connect()
     file_id = await stored(tls, data)
     await tls.ask("GET", content(file_id, "?track=1"))
@@ -628,10 +641,13 @@ async def test_tls_a_pause_stops_the_clock(connect: Connect, data: bytes, idle_s
     job = headers["Sluice-Job"]
     await other.fetch("POST", f"/v1/jobs/{job}/pause")
     await state(other, job, "paused")
+    wait_at_most(1.0, senders[0])
     await witness.ask("GET", content(file_id))
     await witness.head()
     assert holders(os.getpid(), file_id) == 2
+    wait_at_most(1.0, senders[1])
     await until_held_by(1, file_id, other)  # the witness was silent for too long
+    wait_at_most(60.0, senders[0])
     await other.fetch("POST", f"/v1/jobs/{job}/resume")
     assert await tls.stream.read_bytes(len(data)) == data
     await state(other, job, "succeeded")

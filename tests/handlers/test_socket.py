@@ -23,6 +23,7 @@ from tornado.netutil import bind_sockets
 from tornado.web import Application
 from tornado.websocket import WebSocketProtocol13
 
+import handlers.socket
 from handlers.socket import StrictWebSocketHandler
 from tests.harness import Server, eventually
 
@@ -594,8 +595,9 @@ def test_end_and_no_answer() -> None:
     on_a_line(test)
 
 
-def test_end_and_an_answer() -> None:
+def test_end_and_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that answers our close frame is let go at once, and no timer stays behind."""
+    monkeypatch.setattr(handlers.socket, "_PATIENCE_S", 2 * PATIENCE_S)
 
     async def test(line: Line) -> None:
         protocol: Any = line.handler.ws_connection
