@@ -21,7 +21,7 @@ from tests.harness import Server, eventually
 DATA = b"a,b\n1,2\n" * 999
 SHA = hashlib.sha256(DATA).hexdigest()
 THEN = {"kind": "checksum", "params": {"algorithms": ["sha256"]}, "name": "what follows"}
-SLOW = {"kind": "count", "params": {"steps": 1000, "delay_s": 0.05}}
+SLOW = {"kind": "count", "params": {"steps": 100_000, "delay_s": 0.05}}
 
 
 def then(start: Any = THEN) -> str:
@@ -228,8 +228,9 @@ def test_a_full_queue_is_a_429(serve: Serve) -> None:
     """Waiting jobs count, whatever they wait for; the answer says when to come again."""
     server = serve("--slots", "1", "--owner-queued", "2", "--kind-limits", '{"count": 1}')
     running = server.post("/v1/jobs", SLOW).json["id"]
-    server.post("/v1/jobs", SLOW | {"after": [running]})
-    server.post("/v1/jobs", SLOW | {"not_before": "2099-01-01T00:00:00Z"})
+    server.wait_for(running, "running")
+    for later in ({"after": [running]}, {"not_before": "2099-01-01T00:00:00Z"}):
+        assert server.post("/v1/jobs", SLOW | later).status == 201
     answer = server.post("/v1/jobs", SLOW)
     assert (answer.status, answer.json["code"]) == (429, "queue-full")
     assert int(answer.headers["Retry-After"]) > 0

@@ -14,7 +14,7 @@ import pytest
 
 from tests.conftest import Serve
 from tests.handlers.clients import Caller, Raw
-from tests.harness import Server
+from tests.harness import Server, eventually
 
 
 class Sent(NamedTuple):
@@ -181,7 +181,7 @@ def test_a_stream_tells_progress(site: Server, caller: Caller) -> None:
     """Latest values come without an id, ten times a second at the most."""
     with stream(site, "?kind=count&rate=5") as one:
         one.until("snap", last=True)
-        job = count(caller, 1000, 0.01)
+        job = count(caller, 100_000, 0.01)
         told = [one.until("p") for _ in range(3)]
         assert all(sent.id is None for sent in told)
         done = [row[2] for sent in told for row in sent.message["u"] if row[0] == job["h"]]
@@ -215,7 +215,7 @@ def test_a_stopping_server_ends_streams_and_polls(serve: Serve) -> None:
     with stream(server) as one:
         one.until("snap")
         waiting.start()
-        time.sleep(0.3)  # so that it most likely waits already; if not, it finds the server gone
+        eventually(lambda: server.get("/v1/status").json["subscribers"] == 2, "the poll waits")
         server.stop()
         bye = one.until("bye")
         assert one.next() is None

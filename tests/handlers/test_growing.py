@@ -587,14 +587,18 @@ def test_only_who_does_not_read_is_timed_out(serve: Serve) -> None:
     tus = Tus(site, "slow")
     size = 16 << 20
     path = tus.new(size + 5)
+    assert tus.patch(path, 0, bytes(size)).status == 204
     before = at_rest(site)
-    with Raw(site, receive_bytes=4096) as slow, reading(site, content(path, "?follow=1")) as got:
+    # What is there for the one that reads fits into its socket, however late it reads it.
+    near_the_end = {"Range": f"bytes={size - 10}-"}
+    with (
+        Raw(site, receive_bytes=4096) as slow,
+        reading(site, content(path, "?follow=1"), **near_the_end) as got,
+    ):
         slow.head("GET", content(path, "?follow=1"))
         begin = monotonic()
         assert slow.file.readline() == b"HTTP/1.1 200 OK\r\n"
-        data = bytes(size)
-        assert tus.patch(path, 0, data).status == 204
-        assert got.take(size) == data
+        assert got.take(10) == bytes(10)
         # The slow one is gone while the other one waits.
         eventually(lambda: descriptors(site) <= before + 2, "the slow one was cut")
         eventually(lambda: monotonic() - begin > 1.5, "longer than anyone may be silent")
@@ -644,15 +648,13 @@ def test_a_follower_goes_on_after_the_server_went(serve: Serve, how: str) -> Non
 
 def test_a_stop_waits_for_no_follower(serve: Serve) -> None:
     """No follower keeps the server from ending, also if it has no answer so far."""
-    site = serve()
+    site = serve("--stop-grace-s", "5m")
     tus = Tus(site, "sender")
     path = half(tus)
     with reading(site, content(path, "?follow=1")) as got, Raw(site) as raw:
         raw.head("GET", content(path, "?follow=1"), Range="bytes=200000-")
         got.take(150_000)
-        begin = monotonic()
         assert site.stop() == 0
-        assert monotonic() - begin < 5
         assert got.rest() == (b"", False)
         assert raw.rest() == b""
 

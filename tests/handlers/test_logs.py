@@ -169,7 +169,7 @@ def test_a_log_is_followed_to_its_end(talker: Server, tmp_path: Path) -> None:
         began = time.monotonic()
         talk.say(n)
         assert follower.row() == (n, f"line {n}")
-        assert time.monotonic() - began < 5  # a second, on a machine that does nothing else
+        assert time.monotonic() - began < 20  # a second, on a machine that does nothing else
     talk.say(4)
     assert follower.rows() == wanted(4)
     assert follower.is_whole
@@ -250,7 +250,7 @@ def test_a_reader_that_goes_leaves_nothing_behind(talker: Server, tmp_path: Path
     eventually(lambda: watchers(talker) == 2, "they follow")
     follower.raw.cut()
     waiting.cut()
-    eventually(lambda: watchers(talker) == 0, "they are forgotten", 5)
+    eventually(lambda: watchers(talker) == 0, "they are forgotten")
     talker.post(f"/v1/jobs/{talk.id}/cancel", Prefer="wait=30")
 
 
@@ -262,8 +262,8 @@ def test_a_reader_that_does_not_read_is_let_go(talker: Server) -> None:
     memory = talker.status("VmRSS")
     with Raw(talker, receive_bytes=4096) as raw:
         raw.head("GET", f"/v1/jobs/{job['id']}/log?after=0&follow=1")
-        eventually(lambda: watchers(talker) == 1, "it follows")
-        eventually(lambda: watchers(talker) == 0, "it is cut", 30)
+        assert raw.file.readline() == b"HTTP/1.1 200 OK\r\n"  # since then it is a watcher
+        eventually(lambda: watchers(talker) == 0, "it is cut", 60)
         assert talker.status("VmRSS") - memory < 8 << 10
         got = raw.rest()
     assert not got.endswith(b"0\r\n\r\n")
