@@ -87,12 +87,12 @@ def busy(caller: Caller) -> Iterator[Callable[[], int]]:
         thread.join(30)
 
 
-def test_all_is_told(site: Server, caller: Caller) -> None:
+def test_all_is_told(serve: Serve) -> None:
     """It follows live jobs, and finds that nothing was missed or repeated."""
-    follow(site, 0)
-    with busy(caller) as made:
-        verifying = verify(site.url)
-        follow(site, 1)
+    server = serve()
+    with busy(Caller(server, "c")) as made:
+        verifying = verify(server.url)
+        follow(server, 1)
         move(made, 10)
     status, said = interrupted(verifying)
     assert (status, said.splitlines()[-1]) == (0, "0 missed, 0 repeated")
@@ -109,12 +109,13 @@ def test_a_filter_is_verified(site: Server, caller: Caller, options: tuple[str, 
     assert (status, said.splitlines()[-1]) == (0, "0 missed, 0 repeated"), said
 
 
-def test_cuts_lose_nothing(site: Server, caller: Caller) -> None:
+def test_cuts_lose_nothing(serve: Serve) -> None:
     """Over a network that breaks again and again it resumes, and still knows everything."""
-    proxy = Proxy(site.port)
+    server = serve()
+    proxy = Proxy(server.port)
     sent = 0
     try:
-        with busy(caller) as made:
+        with busy(Caller(server, "c")) as made:
             verifying = verify(proxy.url)
             for _ in range(4):
                 reach(proxy, sent)
@@ -165,12 +166,12 @@ def test_what_is_missed_is_named(
 
     def lossy(self: module.Verifier, message: dict[str, object]) -> list[dict[str, object]]:
         nonlocal heard
-        row = message.get("row")
-        if message["t"] == "ev" and not dropped and isinstance(row, dict):
+        row, ready = message.get("row"), self.replica.ready
+        if message["t"] == "ev" and ready and not dropped and isinstance(row, dict):
             dropped.append((row["id"], row["version"]))
             return []
         answers = hear(self, message)
-        heard += message["t"] == "ev"
+        heard += message["t"] == "ev" and ready
         if heard == 10:  # so that it has come far behind what it has missed
             raise KeyboardInterrupt
         return answers
