@@ -16,6 +16,8 @@ import pytest
 
 from tests.browser.pages import Curl
 from tests.conftest import missing, need
+from tests.harness import Server
+from tests.interop.proxy import Proxy
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, Page
@@ -30,7 +32,7 @@ FLAGS = [
     "--disable-sync",
     "--no-first-run",
 ]
-PATIENCE_MS = 15_000
+PATIENCE_MS = 60_000
 WORKER_SAYS = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
 
 
@@ -132,6 +134,13 @@ def new_page(context: BrowserContext, heard: Heard) -> Page:
         " (e) => console.error('policy', e.violatedDirective, e.blockedURI))"
     )
     return page
+
+
+@pytest.fixture
+def relay(server: Server) -> Iterator[Proxy]:
+    """A relay before the server, for clients that shall wait in the middle of what they send."""
+    with contextlib.closing(Proxy(server.port)) as proxy:
+        yield proxy
 
 
 @pytest.fixture

@@ -126,7 +126,7 @@ def ready(page: Page, rows: int, state: str, n: int) -> None:
           return chip.lastElementChild.textContent === String(n) && list >= rows * row;
         }""",
         arg=[rows, state, n],
-        timeout=60_000,
+        timeout=180_000,
     )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from tests.harness import Server
+from tests.interop.proxy import Proxy
 
 if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page
@@ -32,19 +33,37 @@ def row(page: Page, name: str) -> Locator:
     return page.locator("li[data-job]").filter(has=page.get_by_text(name, exact=True))
 
 
-def see_values(page: Page, name: str, n: int) -> list[int]:
-    """Wait until the bar has shown ``n`` different values; they only ever grow."""
+def see_another(page: Page, name: str, values: list[int]) -> None:
+    """Wait until the bar shows a value that is none of these, and add it; they only ever grow."""
     bar = row(page, name).get_by_role("progressbar")
+    shown = page.wait_for_function(
+        "([bar, seen]) => { const now = bar.getAttribute('aria-valuenow');"
+        " return now !== null && !seen.includes(Number(now)) && now }",
+        arg=[bar.element_handle(), values],
+    )
+    values.append(int(shown.json_value()))
+    assert values == sorted(values)
+
+
+def see_values(page: Page, name: str, n: int) -> list[int]:
+    """Wait until the bar has shown ``n`` different values."""
     values: list[int] = []
     while len(values) < n:
-        shown = page.wait_for_function(
-            "([bar, seen]) => { const now = bar.getAttribute('aria-valuenow');"
-            " return now !== null && !seen.includes(Number(now)) && now }",
-            arg=[bar.element_handle(), values],
-        )
-        values.append(int(shown.json_value()))
-    assert values == sorted(values)
+        see_another(page, name, values)
     return values
+
+
+def see_steps(page: Page, name: str, n: int, relay: Proxy) -> None:
+    """Wait until the bar has shown ``n`` different values, and let another MB pass for each.
+
+    It stands still in the end, however fast the client is: the relay is to hold the first MB.
+    """
+    values: list[int] = []
+    for _ in range(n):
+        see_another(page, name, values)
+        if len(values) < n:
+            relay.hold_at(relay.sent + MB)
+            relay.release()
 
 
 def beats(page: Page, n: int) -> None:

@@ -26,6 +26,7 @@ with contextlib.suppress(ImportError):  # then the fixtures skip
 
 pytestmark = pytest.mark.browser
 
+GATE = Path(__file__).with_name("gate.py")
 DESKTOP = {"viewport": {"width": 1200, "height": 860}}
 PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
 LIGHT, DARK = {"color_scheme": "light"}, {"color_scheme": "dark"}
@@ -257,9 +258,11 @@ def test_tab_goes_everywhere(shared: Busy, visit: Page) -> None:
         assert missed == [], address
 
 
-def test_one_polite_region_tells_all(serve: Callable[..., Server], page: Page) -> None:
+def test_one_polite_region_tells_all(
+    serve: Callable[..., Server], page: Page, tmp_path: Path
+) -> None:
     """Start, quarters, end and failure are said in one polite region, in that order."""
-    server = serve()
+    server = serve("--kinds", str(GATE))
     page.goto(server.url)
     expect(page.locator(".live")).to_contain_text("live")
     page.evaluate(
@@ -273,13 +276,24 @@ def test_one_polite_region_tells_all(serve: Callable[..., Server], page: Page) -
     regions = "[aria-live], [role=status], [role=alert], [role=log], output"
     assert page.locator(regions).count() == 1
     assert page.locator(regions).get_attribute("aria-live") == "polite"
-    steps = {"steps": 16, "delay_s": 0.2}
-    server.post("/v1/jobs", {"kind": "count", "params": steps, "name": "counting"})
+
+    def hear(text: str) -> None:
+        page.wait_for_function(
+            "(text) => window.said.some((said) => said.includes(text))", arg=text
+        )
+
+    params = {"folder": str(tmp_path), "steps": 4}
+    server.post("/v1/jobs", {"kind": "gate", "params": params, "name": "counting"})
+    hear("counting started")
+    expect(page).to_have_title(re.compile("running"))  # so the page knows that it is at nought
+    for step, text in enumerate(("counting: 25", "counting: 50", "counting: 75", "is done"), 1):
+        (tmp_path / f"step {step}").touch()
+        hear(text)
     expect(row(page, "counting")).to_contain_text("Done")
     missing_file = {"kind": "checksum", "params": {"file": "none.csv"}, "name": "the bad one"}
     server.post("/v1/jobs", missing_file)
     expect(row(page, "the bad one")).to_contain_text("Failed")
-    page.wait_for_function("() => window.said.some((text) => text.includes('failed'))")
+    hear("failed")
     said = " ".join(page.evaluate("window.said"))
     assert re.findall(r"counting[^.:]*(?:: \d+|is done|started)", said) == [
         *("counting started", "counting: 25", "counting: 50", "counting: 75", "counting is done"),
@@ -328,7 +342,7 @@ def test_bars_are_seen_in_forced_colours(server: Server, page: Page) -> None:
         done, left = page.evaluate(COLOURS, picture)
         return bool(done != left)
 
-    eventually(differ, "both ends of the bar have a colour of their own", 5)
+    eventually(differ, "both ends of the bar have a colour of their own")
 
 
 SPACED = """() => {

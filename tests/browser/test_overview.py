@@ -48,8 +48,10 @@ def test_numbers_are_those_of_the_server(
     path = make("big.bin", 30 * MB)
     server.post("/upload?file_name=big.bin&is_complete=true", path.read_bytes())
     file = server.get("/v1/files").json["items"][0]["id"]
+    with path.open("r+b") as endless:
+        endless.truncate(1000 * MB)
     curl("--limit-rate", "2M", "-F", f"file=@{path}", f"{server.url}/upload")
-    curl("--limit-rate", "1M", "-o", "/dev/null", f"{server.url}/v1/files/{file}/content")
+    curl("--limit-rate", "200k", "-o", "/dev/null", f"{server.url}/v1/files/{file}/content")
     rate = section(page, "In").locator(".big")
 
     def agrees() -> bool:

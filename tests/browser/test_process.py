@@ -73,7 +73,7 @@ def test_process_by_form_and_buttons(server: Server, page: Page) -> None:
     page.goto(server.url)
     page.get_by_role("button", name="New process").click()
     page.get_by_label("Kind").select_option("count")
-    page.get_by_label("Steps", exact=True).fill("1000")
+    page.get_by_label("Steps", exact=True).fill("5000")
     page.get_by_label("Delay (s)").fill("0.02")
     page.get_by_label("Job name").fill("by form")
     page.get_by_role("button", name="Start", exact=True).dblclick()

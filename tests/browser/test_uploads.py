@@ -21,11 +21,13 @@ from tests.browser.pages import (
     content,
     digest,
     row,
+    see_steps,
     see_values,
 )
 from tests.conftest import Serve, need
 from tests.handlers.test_proxy import PROGRAMS, configuration, free_port
 from tests.harness import FULL, Server, eventually
+from tests.interop.proxy import Proxy
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, Dialog, Locator, Page, Route
@@ -34,6 +36,8 @@ with contextlib.suppress(ImportError):  # then the fixtures skip
     from playwright.sync_api import expect
 
 pytestmark = pytest.mark.browser
+
+UNLIMITED = -1
 
 
 def stored_bytes(server: Server, job_id: str) -> int:
@@ -96,16 +100,21 @@ def leave(page: Page) -> None:
 
 
 def test_curl_uploads_move_the_bar(
-    server: Server, page: Page, curl: Curl, make: Callable[[str, int], Path]
+    server: Server, relay: Proxy, page: Page, curl: Curl, make: Callable[[str, int], Path]
 ) -> None:
     """The bars of a form and of a raw upload by curl show at least three different values."""
     page.goto(server.url)
     form, raw = make("form.bin", 5 * MB), make("raw.bin", 5 * MB)
-    curl("--limit-rate", "2M", "-F", f"file=@{form}", f"{server.url}/upload")
-    see_values(page, "form.bin", 3)
+    relay.hold_at(MB)
+    curl("-F", f"file=@{form}", f"{relay.url}/upload")
+    see_steps(page, "form.bin", 3, relay)
+    relay.open()
     query = f"file_name=raw.bin&file_size={5 * MB}"
-    curl("--limit-rate", "2M", "-X", "POST", "-T", str(raw), f"{server.url}/upload?{query}")
-    see_values(page, "raw.bin", 3)
+    row(page, form.name).get_by_text("Done", exact=True).wait_for()
+    relay.hold_at(relay.sent + MB)
+    curl("-X", "POST", "-T", str(raw), f"{relay.url}/upload?{query}")
+    see_steps(page, "raw.bin", 3, relay)
+    relay.open()
     for path in (form, raw):
         done = row(page, path.name)
         done.get_by_text("Done", exact=True).wait_for()
@@ -113,18 +122,20 @@ def test_curl_uploads_move_the_bar(
 
 
 def test_upload_is_paused_and_resumed_by_button(
-    server: Server, page: Page, curl: Curl, make: Callable[[str, int], Path]
+    server: Server, relay: Proxy, page: Page, curl: Curl, make: Callable[[str, int], Path]
 ) -> None:
     """A paused upload stores nothing more; resumed, it ends at 100 % with the right digest."""
     page.goto(server.url)
     path = make("big.bin", 5 * MB)
-    sender = curl("--limit-rate", "2M", "-F", f"file=@{path}", f"{server.url}/upload")
-    see_values(page, "big.bin", 2)
+    relay.hold_at(MB)
+    sender = curl("-F", f"file=@{path}", f"{relay.url}/upload")
+    see_steps(page, "big.bin", 2, relay)
     page.get_by_role("button", name="Pause big.bin").click()
     expect(row(page, "big.bin")).to_contain_text("Paused")
     expect(row(page, "big.bin")).to_contain_text("paused by you")
     [job] = server.jobs()
     before = stored_bytes(server, job["id"])
+    relay.open()
     beats(page, 2)
     assert stored_bytes(server, job["id"]) == before < 5 * MB
     assert sender.poll() is None
@@ -143,10 +154,11 @@ def test_page_uploads_a_file_that_comes_back_the_same(
 ) -> None:
     """A chosen file is uploaded with progress, and the download has the same bytes."""
     page.goto(server.url)
-    slow_down(context, page, 5 * MB)
+    slow_down(context, page, MB / 2)
     path = make("a & b %41 ünï.bin", 12 * MB)
     choose(page, path)
     see_values(page, path.name, 3)
+    slow_down(context, page, UNLIMITED)
     row(page, path.name).get_by_text("Done", exact=True).wait_for()
     with page.expect_download() as download:
         page.get_by_role("link", name=f"Download {path.name}").click()
@@ -166,14 +178,15 @@ def test_page_upload_survives_kill_and_restart(
     """An upload from the page goes on by itself after kill -9 and a restart in its middle."""
     allowed += [*DOWN, "status of 423"]
     page.goto(server.url)
-    slow_down(context, page, 8 * MB)
+    slow_down(context, page, MB)
     path = make("survivor.bin", 20 * MB)
     choose(page, path)
     assert see_values(page, path.name, 5)[-1] < 90
     server.kill()
     server.start()
     assert [job["state"] for job in server.jobs()] == ["running"]
-    expect(row(page, path.name)).to_contain_text("Done", timeout=30_000)
+    slow_down(context, page, UNLIMITED)
+    expect(row(page, path.name)).to_contain_text("Done")
     assert content(server, path.name) == path.read_bytes()
     assert [job["state"] for job in server.jobs()] == ["succeeded"]
 
@@ -199,7 +212,7 @@ def test_page_upload_is_cancelled(
     """A page's upload that is cancelled by its button stops for good."""
     allowed += [*DOWN, "409", "404", "410"]
     page.goto(server.url)
-    slow_down(context, page, 4 * MB)
+    slow_down(context, page, MB)
     path = make("unwanted.bin", 30 * MB)
     choose(page, path)
     see_values(page, path.name, 2)
@@ -251,13 +264,14 @@ def test_a_large_upload_goes_on_after_a_pause_and_a_reload(
         file.seek(size // 2)
         file.write(bytes(size // 8))
     page.goto(server.url)
-    slow_down(context, page, size / 4)
+    slow_down(context, page, size / 40)
     choose(page, path)
     see_values(page, path.name, 2)
     page.get_by_role("button", name="Pause large.bin").click()
     expect(row(page, path.name)).to_contain_text("paused by you")
     [job] = server.jobs()
     leave(page)
+    slow_down(context, page, UNLIMITED)
     # The server was told that nobody sends it any more, though it reads nothing while it is paused.
     eventually(lambda: not server.job(job["id"])["transfer"]["connected"], "it is let go")
     before = stored_bytes(server, job["id"])
@@ -289,7 +303,7 @@ def test_another_browser_goes_on(
     first = chromium.new_context()
     theirs = first.new_page()
     theirs.goto(server.url)
-    slow_down(first, theirs, 4 * MB)
+    slow_down(first, theirs, MB / 4)
     choose(theirs, path)
     see_values(theirs, path.name, 2)
     page.goto(server.url)
@@ -357,10 +371,18 @@ def test_folders_keep_their_paths(
         session.send("Input.dispatchDragEvent", event)
         return page.get_by_text("Drop to upload").is_visible()
 
-    drag("dragEnter")
-    # A drop counts only where the page has said that it takes it.
-    eventually(lambda: drag("dragOver") and drag("dragOver"), "it may be dropped")
-    drag("drop")
+    def drop() -> bool:
+        page.evaluate("window.end = null")
+        drag("dragEnter")
+        eventually(lambda: drag("dragOver"), "it may be dropped")
+        drag("drop")
+        return bool(page.wait_for_function("window.end").json_value() == "drop")
+
+    page.evaluate(
+        "for (const type of ['drop', 'dragleave']) addEventListener(type, () => { end = type; })"
+    )
+    # To the browser it is no drop while it has not heard that the page takes it: then it leaves.
+    eventually(drop, "it is dropped")
     expect(sending(page)).to_contain_text(f"Uploaded {n + 4} files", timeout=60_000)
     assert stored(server) == expected | {"single.txt": digest(b"single")}
     (folder / "new.txt").write_bytes(b"new")
@@ -380,7 +402,7 @@ def test_all_of_a_tab_are_paused_resumed_and_cancelled(
     """Pause all holds also what waits; a file removed meanwhile is named; Cancel all ends all."""
     allowed += [*DOWN, "404", "410"]
     page.goto(server.url)
-    slow_down(context, page, 6 * MB)
+    slow_down(context, page, MB)
     paths = [make(f"part {i}.bin", 9 * MB) for i in range(6)]
     choose(page, *paths, paths[0])
     for path in paths[:3]:
@@ -403,7 +425,7 @@ def test_all_of_a_tab_are_paused_resumed_and_cancelled(
         expect(row(page, path.name)).to_contain_text("Done")
     expect(sending(page)).to_contain_text("2 files are not uploaded")
     # The file is there again, as another one: that is what it is chosen for.
-    slow_down(context, page, MB)
+    slow_down(context, page, MB / 5)
     paths[3].write_bytes(os.urandom(9 * MB))
     choose(page, paths[3])
     expect(sending(page)).to_contain_text("part 5.bin is not uploaded")
@@ -465,7 +487,7 @@ def test_a_pause_outlives_its_request(
     allowed += [*DOWN, "503"]
     server = serve("--pause-hold-s", "1")
     page.goto(server.url)
-    slow_down(context, page, 5 * MB)
+    slow_down(context, page, MB / 2)
     path = make("patient.bin", 10 * MB)
     choose(page, path)
     see_values(page, path.name, 2)
@@ -475,6 +497,7 @@ def test_a_pause_outlives_its_request(
     expect(row(page, path.name)).to_contain_text("Paused")
     with page.expect_request(lambda request: request.method == "PATCH"):
         page.get_by_role("button", name=f"Resume {path.name}").click()
+    slow_down(context, page, UNLIMITED)
     expect(row(page, path.name)).to_contain_text("Done")
     assert stored(server) == {path.name: digest(path.read_bytes())}
 
@@ -535,13 +558,14 @@ def test_a_proxy_that_collects_is_found(
         server, tmp_path / "nginx", "proxy_request_buffering off;", "proxy_request_buffering on;"
     ) as url:
         page.goto(url)
-        slow_down(context, page, 4 * MB)
+        slow_down(context, page, MB)  # it takes four seconds to be found
         path = make("collected.bin", 24 * MB)
         choose(page, path)
         page.get_by_text("Something between you and the server collects uploads").first.wait_for()
         expect(row(page, path.name)).to_contain_text("0\u00a0%")
-        slow_down(context, page, 8 * MB)
+        slow_down(context, page, 2 * MB)
         see_values(page, path.name, 3)
+        slow_down(context, page, UNLIMITED)
         expect(row(page, path.name)).to_contain_text("Done")
         assert stored(server) == {path.name: digest(path.read_bytes())}
         page.goto("about:blank")
