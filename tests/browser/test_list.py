@@ -141,7 +141,7 @@ def test_rows_in_sight_stay_while_it_is_scrolled(server: Server, page: Page) -> 
     expect(row(page, "job 0059")).to_be_visible()
     rest(page)
     page.mouse.wheel(0, 1500)
-    page.wait_for_function("scrollY === 1500")
+    page.wait_for_function("() => scrollY === 1500")
     expect(row(page, "job 0040")).to_be_in_viewport()
     before = row(page, "job 0040").bounding_box()
     fill(server, 62, "new")

@@ -376,7 +376,7 @@ def test_folders_keep_their_paths(
         drag("dragEnter")
         eventually(lambda: drag("dragOver"), "it may be dropped")
         drag("drop")
-        return bool(page.wait_for_function("window.end").json_value() == "drop")
+        return bool(page.wait_for_function("() => window.end").json_value() == "drop")
 
     page.evaluate(
         "for (const type of ['drop', 'dragleave']) addEventListener(type, () => { end = type; })"
