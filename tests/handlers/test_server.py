@@ -48,7 +48,9 @@ class Gated:
     def __init__(self, serve: Serve, folder: Path, **params: Any) -> None:
         kind, self._until = folder / "gated.py", folder / "until"
         kind.write_text(GATED)
-        self.server = serve("--kinds", str(kind))
+        # Long enough that nothing is logged of a deaf one, however late the test is.
+        patience = ("--warn-s", "1m", "--grace-s", "1m")
+        self.server = serve("--kinds", str(kind), *patience)
         start = {"kind": "gated", "params": {"until": str(self._until), **params}}
         self.id = str(self.server.post("/v1/jobs", start).json["id"])
         eventually(lambda: self.server.job(self.id)["progress"]["done"] == 100, "it waits")
