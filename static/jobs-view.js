@@ -156,7 +156,7 @@ export class JobsView {
     for (const { group, node, number } of this.chips) {
       const n = GROUPS[group]?.reduce((sum, state) => sum + (counts[state] ?? 0), 0) ?? total;
       setText(number, format.count(n));
-      node.hidden = n === 0 && group === "cancelled" && group !== this.asked.state; // the last: it moves no other
+      node.style.visibility = n === 0 && group === "cancelled" && group !== this.asked.state ? "hidden" : ""; // it has its place
     }
     const empty = total === 0 && this.app.uploads.node.hidden;
     this.empty.hidden = !ready || !empty;

@@ -173,5 +173,6 @@ def test_nothing_jumps_while_jobs_come_and_go(server: Server, noting: Page) -> N
     for command, state in (("pause", "Paused"), ("resume", "steps/s"), ("cancel", "Cancelled")):
         server.post(f"/v1/jobs/{first}/{command}")
         expect(row(noting, "first")).to_contain_text(state)
+    expect(noting.locator(".chip[data-group=cancelled]")).to_be_visible()
     settled(noting)
     assert shifts(noting) == []
