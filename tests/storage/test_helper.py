@@ -786,11 +786,14 @@ async def make_trouble(helper: Helper, dice: random.Random, pids: set[int]) -> N
         if pid is None:
             continue
         pids.add(pid)
+        number = dice.choice((signal.SIGKILL, signal.SIGCONT))
         os.kill(pid, signal.SIGSTOP)
         try:
             await asyncio.sleep(dice.random() / 50)
         finally:
-            os.kill(pid, dice.choice((signal.SIGKILL, signal.SIGCONT)))
+            os.kill(pid, number)
+        if number == signal.SIGKILL:  # one that is dead may be gone at any time
+            await until(lambda: helper.pid != pid)  # noqa: B023
 
 
 PARENT = """
