@@ -17,7 +17,7 @@ from jobs.manager import Limits
 from jobs.states import CANCELLED, FAILED, PAUSED, RUNNING, SUCCEEDED
 from jobs.warden import processes
 from storage import Job
-from tests.jobs.world import World, descendants, eventually
+from tests.jobs.world import World, descendants, eventually, standing
 
 KINDS = Path(__file__).with_name("child_kinds")
 
@@ -90,8 +90,7 @@ async def test_a_pause_holds_it_and_it_goes_on(tmp_path: Path, warm_s: float) ->
             await world.tell(job_id, "pause")
             await world.until(job_id, PAUSED)
             if warm_s:
-                table = processes()
-                assert {table[pid].state for pid in descendants()} == {"T"}
+                await eventually(standing, "it stands")
             else:
                 await eventually(lambda: not descendants(), "the end of the child")
             await world.tell(job_id, "resume")
@@ -161,8 +160,7 @@ async def test_a_stubborn_one_is_killed(tmp_path: Path) -> None:
         await eventually(lambda: len(descendants()) >= 2, "its own child")
         await world.tell(job_id, "pause")
         await world.until(job_id, PAUSED)
-        table = processes()
-        assert {table[pid].state for pid in descendants()} == {"T"}
+        await eventually(standing, "both stand")
         await world.tell(job_id, "cancel")
         await world.until(job_id, CANCELLED)
         assert not descendants()
@@ -220,7 +218,8 @@ async def test_its_errors_are_told(tmp_path: Path) -> None:
         assert job.error is not None and job.error["code"] == "kind-failed"
         lines = await world.manager.lines(job.id, job.owner, 0, 100)
         assert any("ZeroDivisionError" in line for _, _, line in lines)
-        assert not world.unfinished() and not world.published()
+        await eventually(lambda: not world.unfinished(), "all is gone")
+        assert not world.published()
 
 
 async def test_undo_runs_in_the_service(tmp_path: Path) -> None:

@@ -99,6 +99,8 @@ def failed(folder: Path, files: dict[str, bytes], **params: Any) -> dict[str, An
             job = await ended(world, {"source": next(iter(files))} | params)
             assert job.state == "failed"
             assert job.artifacts == ()
+            while world.runners._live:  # until it has unwound
+                await asyncio.sleep(0)
             assert world.unfinished() == []
             assert len(world.published()) == len(files)
             assert job.error is not None
@@ -783,6 +785,8 @@ def test_a_source_that_is_deleted_fails_the_job(
             assert job.error["detail"] == (
                 "The source 't.csv' was deleted before all of it was read."
             )
+            while world.runners._live:  # until it has unwound
+                await asyncio.sleep(0)
             assert world.unfinished() == []
 
     asyncio.run(work())

@@ -325,3 +325,12 @@ def descendants() -> list[int]:
     while below := [child for pid in below for child in children.get(pid, [])]:
         found += below
     return sorted(found)
+
+
+def standing() -> list[int]:
+    """These processes if all of them are stopped, which each is as soon as it gets a turn.
+
+    One that waits in vfork (D) for a child that is stopped before it becomes a program stands, too.
+    """
+    pids, table = descendants(), processes()
+    return pids if all(pid in table and table[pid].state in "TD" for pid in pids) else []
