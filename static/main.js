@@ -29,6 +29,7 @@ const app = { me: clientId(), store: new Store(), choose, go };
 const { store } = app;
 const banner = new Banner(app);
 app.channel = new Channel({ frame: (...told) => store.frame(...told), status: () => banner.status() });
+app.channel.open(); // its worker starts while the page is built
 app.uploads = new Uploads(app);
 const views = app.views = { jobs: new JobsView(app), files: new FilesView(app), processes: new ProcessView(app), overview: new Overview(app), job: new JobView(app) };
 
@@ -153,4 +154,3 @@ store.listen(({ event }) => {
 addEventListener("hashchange", route);
 route();
 banner.status();
-app.channel.open();
