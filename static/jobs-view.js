@@ -135,7 +135,8 @@ export class JobsView {
       // Time passes in rows that nothing is said about: away, still, queued.
       for (const [id, { row }] of this.rows) if (row && ["running", "queued"].includes(row.state)) this.dirty.add(id);
     }
-    if (counts) this.count();
+    // The first row and the last one, too: the counts may come a second later.
+    if (counts || this.list.hidden || (event && !this.app.store.sorted.length)) this.count();
     for (const id of rows ?? []) this.dirty.add(id);
     if (rows === null || (event && (event.from !== event.to || event.cause === "renamed"))) this.unsettled = true;
     if (event?.from === null && performance.now() < this.expected) this.settle(true);
@@ -152,13 +153,13 @@ export class JobsView {
   }
 
   count() {
-    const { counts, ready, total } = this.app.store;
+    const { counts, ready, total, sorted } = this.app.store;
     for (const { group, node, number } of this.chips) {
       const n = GROUPS[group]?.reduce((sum, state) => sum + (counts[state] ?? 0), 0) ?? total;
       setText(number, format.count(n));
       node.style.visibility = n === 0 && group === "cancelled" && group !== this.asked.state ? "hidden" : ""; // it has its place
     }
-    const empty = total === 0 && this.app.uploads.node.hidden;
+    const empty = total === 0 && !sorted.length && this.app.uploads.node.hidden;
     this.empty.hidden = !ready || !empty;
     for (const node of [this.bar, this.picks, this.list, this.drop]) node.hidden = !ready || empty;
   }

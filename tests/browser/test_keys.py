@@ -155,6 +155,7 @@ def test_process_by_keyboard(server: Server, page: Page) -> None:
     page.keyboard.type("100000")
     expect(page.get_by_label("Steps", exact=True)).to_have_value("100000")
     page.keyboard.press("Enter")
+    expect(page.locator("li[data-job]")).to_be_visible()
     expect(page.locator("li[data-job]")).to_contain_text("Running")
     name = server.jobs()[0]["name"]
     tab_to(page, f"Cancel {name}")

@@ -84,6 +84,20 @@ def test_all_jobs_are_in_one_list(server: Server, page: Page) -> None:
     expect(row(page, f"job {N - 1:04}")).to_be_visible()
 
 
+def test_the_first_job_is_seen_as_soon_as_it_is_there(server: Server, page: Page) -> None:
+    """The list comes with its first row, and does not wait for the server's counts."""
+    page.goto(server.url)
+    expect(page.get_by_role("heading", name="Nothing here yet")).to_be_visible()
+    page.evaluate(
+        """() => { window.seen = new Promise((told) => new MutationObserver(() => {
+          const row = document.querySelector("li[data-job]");
+          if (row) told(row.checkVisibility());
+        }).observe(document.body, { childList: true, subtree: true })); }"""
+    )
+    server.post("/v1/jobs", NO_STEPS | {"name": "the first"})
+    assert page.evaluate("window.seen")
+
+
 def test_what_is_asked_for_is_in_the_address(server: Server, page: Page) -> None:
     """State, kind, text and order come from the address, go to it, and outlive page and reload."""
     server.post("/upload?file_name=a.txt&is_complete=true", b"a")
