@@ -1,18 +1,20 @@
 // The view of the whole service: what moves, runs, waits, and is free. It is made anew each second, and what differs
-// is put in. What is drawn stands beside it as text.
+// is put in. What is drawn stands beside it as text. Each state has its line, so that none moves the others; kinds
+// have as much room as they.
 
 import { Spark, el, morph, part } from "./dom.js";
 import { format, words } from "./words.js";
 
 const say = words.overview;
 const SAMPLES = 60;
+const STATES = "queued scheduled running pausing paused cancelling succeeded failed cancelled".split(" ");
 
 const line = (text, n = "", share = null) =>
   el("p", {}, el("span", {}, text), el("b", {}, n), share === null ? "" : el("progress", { value: share, "aria-hidden": "true" }));
 
-function bars(counts) {
-  const list = Object.entries(counts).filter(([, n]) => n).sort((a, b) => b[1] - a[1]);
-  return list.map(([name, n]) => line(words.state[name] ?? name, format.count(n), n / list[0][1]));
+function bars(names, counts) {
+  const most = Math.max(1, ...Object.values(counts));
+  return names.map((name) => line(words.state[name] ?? name, format.count(counts[name] ?? 0), (counts[name] ?? 0) / most));
 }
 
 export class Overview {
@@ -36,8 +38,8 @@ export class Overview {
     if (this.node.hidden || !now) return;
     const { disk_bytes: disk, free_bytes: free, running, slots } = now;
     morph(this.node, el("h1", { class: "hush" }, words.views.overview), this.flow("in"), this.flow("out"),
-      part(words.now.running, line(say.slots(running, slots), "", running / slots), bars(now.running_by_kind)),
-      part(words.views.jobs, bars(counts)),
+      part(words.now.running, line(say.slots(running, slots), "", running / slots), bars(Object.keys(now.running_by_kind).sort(), now.running_by_kind)),
+      part(words.views.jobs, bars(STATES, counts)),
       part(say.disk, line(say.free(format.bytes(free), format.bytes(disk)), "", 1 - free / disk), line(words.now.stored(format.bytes(now.stored_bytes), format.count(now.files)))),
       part(say.service, say.facts(now).map((fact) => line(...fact))));
   }
