@@ -58,14 +58,20 @@ class Verifier:
     # Following
 
     def follow(self, for_s: float) -> None:
-        """Subscribe, and follow until the time is over. Raises Unreachable if that never began."""
+        """Subscribe, say when that has begun, and follow until the time is over.
+
+        Raises Unreachable if it never began.
+        """
         end = monotonic() + for_s
-        tries = 0
+        tries, follows = 0, False
         while monotonic() < end:
             heard = False
             try:
                 for _ in self._connection(end):
                     heard, tries = True, 0
+                    if self.replica.ready and not follows:
+                        follows = True
+                        print("verify: following the jobs", file=sys.stderr, flush=True)
             except (OSError, websocket.WebSocketException) as error:
                 if self.begin is None and tries >= 3:
                     raise Unreachable(str(error)) from error

@@ -29,15 +29,21 @@ def verify(url: str, *options: str, for_s: float = 600) -> subprocess.Popen[str]
 
 
 def outcome(verifying: subprocess.Popen[str]) -> tuple[int, str]:
-    """Its exit status, and what it said."""
+    """Its exit status, and what it said, or else complained of."""
     said, complained = verifying.communicate(timeout=60)
-    return verifying.returncode, said + complained
+    return verifying.returncode, said or complained
 
 
 def interrupted(verifying: subprocess.Popen[str]) -> tuple[int, str]:
     """The same of one that a person ends."""
     verifying.send_signal(signal.SIGINT)
     return outcome(verifying)
+
+
+def follows(verifying: subprocess.Popen[str]) -> None:
+    """Return when it says that it follows the jobs."""
+    assert verifying.stderr is not None
+    assert verifying.stderr.readline() == "verify: following the jobs\n"
 
 
 def follow(server: Server, n: int) -> None:
@@ -92,7 +98,7 @@ def test_all_is_told(serve: Serve) -> None:
     server = serve()
     with busy(Caller(server, "c")) as made:
         verifying = verify(server.url)
-        follow(server, 1)
+        follows(verifying)
         move(made, 10)
     status, said = interrupted(verifying)
     assert (status, said.splitlines()[-1]) == (0, "0 missed, 0 repeated")
@@ -117,13 +123,14 @@ def test_cuts_lose_nothing(serve: Serve) -> None:
     try:
         with busy(Caller(server, "c")) as made:
             verifying = verify(proxy.url)
-            for _ in range(4):
+            follows(verifying)
+            for n in (2, 2, 2, 2, 10):
                 reach(proxy, sent)
-                move(made)
-                sent = proxy.sent
-                proxy.cut()
-            reach(proxy, sent)
-            move(made, 10)
+                follow(server, 1)  # a connection was made; now it is a subscriber
+                move(made, n)
+                if n == 2:
+                    proxy.cut()
+                    sent = proxy.sent
         status, said = interrupted(verifying)
     finally:
         proxy.close()
@@ -139,7 +146,7 @@ def test_a_restart_loses_nothing(serve: Serve) -> None:
     try:
         with busy(caller) as made:
             verifying = verify(proxy.url)
-            follow(server, 1)
+            follows(verifying)
             move(made)
             server.kill()
             server.start()
