@@ -186,10 +186,13 @@ class WholeMachine(RuleBasedStateMachine):
             warn_s=0.05,
             grace_s=0.1,
         )
-        kinds = self.crew.kinds
-        # A deaf job makes a stop last as long as it may.
         self.world = World(
-            folder, *kinds, warm_s=warm_s, limits=limits, stop_s=0.5, child_grace_s=0.2
+            folder,
+            *self.crew.kinds,
+            warm_s=warm_s,
+            limits=limits,
+            stop_s=0.5,  # a deaf job makes each stop last as long as it may
+            child_grace_s=0.2,
         )
         self.do(self.world.open())
 
